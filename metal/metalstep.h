@@ -1,0 +1,97 @@
+// The C ABI of the launcher: the one place where Python (cffi), Swift and C agree. Same rules as params.h: no macros.
+//
+// Every call that can fail returns an ms_status; the message of a failure is ms_last_error() of the calling thread.
+// Handles are opaque; a handle of a closed device is invalid. Calls on one device may come from any thread.
+#ifndef METALSTEP_H
+#define METALSTEP_H
+#include <stdint.h>
+#include "params.h"
+
+enum { MS_ABI_VERSION = 1 };
+
+enum ms_status {
+  MS_OK = 0,
+  MS_ERROR_ARGUMENT = 1,  // wrong call: ValueError
+  MS_ERROR_DEVICE = 2,    // the device's own text: RuntimeError
+  MS_ERROR_MEMORY = 3,    // MemoryError
+  MS_ERROR_TIMEOUT = 4,   // TimeoutError; the ticket stays valid
+};
+
+// One launch of a plan. 48 bytes.
+typedef struct {
+  int32_t kernel;             // of ms_kernel_find
+  uint32_t barrier;           // 1: wait for all launches before it
+  uint32_t grid[3];           // threadgroups; the host device divides its work by itself
+  uint32_t threads[3];        // threads in a threadgroup
+  uint32_t bind_first, binds; // range of MSBind; the i-th binding is [[buffer(i)]]
+  uint32_t const_first, const_bytes; // byte range of the constants, bound after the last buffer
+} MSLaunch;
+
+typedef struct {
+  int32_t buffer;
+  uint32_t reserved;
+  uint64_t offset;  // bytes
+} MSBind;
+
+typedef struct {
+  char name[64];         // the device's, e.g. "host" or a GPU's
+  char isa[32];          // host: avx512, avx2, neon or portable; else empty
+  int32_t threads;       // host: of the pool
+  int32_t reserved;
+  uint64_t memory_bytes; // what buffers may take in all; 0: unknown
+} MSDeviceInfo;
+
+// Where a packed weight comes from. Pointers are into the caller's memory (a mapped file), read during the call only.
+enum ms_weight_format {
+  MS_WEIGHT_DENSE = 0,  // data: [n, k] of dtype
+  MS_WEIGHT_AFFINE = 1, // MLX: data uint32 [n, k*bits/32], scales and biases [n, k/group_size] of dtype
+  MS_WEIGHT_GGUF_Q4_0 = 2,
+  MS_WEIGHT_GGUF_Q4_1 = 3,
+  MS_WEIGHT_GGUF_Q8_0 = 4,
+};
+
+typedef struct {
+  uint32_t format;      // ms_weight_format
+  uint32_t n, k;
+  uint32_t bits;        // affine: 2, 3, 4, 5, 6, 8; GGUF: of the result (4 or 8)
+  uint32_t group_size;  // affine: 32, 64, 128; GGUF: 32
+  uint32_t dtype;       // ms_dtype of dense data, or of scales and biases (GGUF: MS_FLOAT16)
+  const void *data;
+  const void *scales;   // affine only
+  const void *biases;   // affine only
+  const int32_t *row_order;  // result row i is source row row_order[i]; NULL: as stored
+} MSWeightSource;
+
+int32_t ms_abi_version(void);
+const char *ms_last_error(void);
+
+// name: "host" or "metal" ("metal" is MetalSim off Apple). threads: 0 picks the machine's (METALSTEP_THREADS overrides).
+int32_t ms_device_open(const char *name, int32_t threads, void **device);
+void ms_device_close(void *device);
+int32_t ms_device_info(void *device, MSDeviceInfo *info);
+
+int32_t ms_buffer_create(void *device, uint64_t bytes, int32_t *buffer);  // zeroed, at least 64-byte aligned
+void *ms_buffer_contents(void *device, int32_t buffer);                   // NULL when there is no such buffer
+int32_t ms_buffer_destroy(void *device, int32_t buffer);
+
+// Sources of a GPU device, quoted includes already inlined; the host device has its kernels built in.
+int32_t ms_library_add(void *device, const char *source);
+int32_t ms_kernel_find(void *device, const char *name, int32_t *kernel);
+
+// max_tokens, max_sampled: the most rows a step of this plan will have; scratch is sized for them.
+int32_t ms_plan_create(void *device, const MSLaunch *launches, uint32_t launch_count, const MSBind *binds, uint32_t bind_count,
+                       const void *constants, uint64_t constant_bytes, uint32_t max_tokens, uint32_t max_sampled, void **plan);
+void ms_plan_destroy(void *plan);
+
+// Queues `steps` runs of the plan and returns at once. Tickets of one device finish in order.
+int32_t ms_plan_run(void *plan, uint32_t steps, uint64_t *ticket);
+// timeout_ns < 0: no limit. The error of a failed run is returned here, once.
+int32_t ms_ticket_wait(void *device, uint64_t ticket, int64_t timeout_ns);
+// Runs one step and gives each launch's wall time in nanoseconds, barrier included. For explain and bench.
+int32_t ms_plan_profile(void *plan, uint64_t *nanoseconds);
+
+// Bytes of the panels that ms_weight_pack writes; 0 for an unsupported combination (ms_last_error says which).
+uint64_t ms_weight_bytes(uint32_t n, uint32_t k, uint32_t bits, uint32_t group_size, uint32_t dtype);
+int32_t ms_weight_pack(void *device, const MSWeightSource *source, int32_t buffer, uint64_t offset);
+
+#endif
