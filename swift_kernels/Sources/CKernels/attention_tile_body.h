@@ -1,0 +1,170 @@
+// One tile of attention: queries that share a sequence and a kv head against positions [lo, hi), by chunks.
+//
+// A query's sums run over dimensions and positions in ascending order, one lane each, whatever its neighbours in the tile.
+
+#if defined(MS_ISA_IS_AVX512)
+// Queries at once, and how many vectors of positions (scores) or of value elements (sums) fit the registers beside them.
+#define MS_TILES(case_) case_(12, 2, 2) case_(6, 4, 4) case_(4, 4, 4) case_(3, 4, 8) case_(2, 4, 8) case_(1, 8, 8)
+#else
+#define MS_TILES(case_) case_(4, 1, 1) case_(3, 1, 1) case_(2, 2, 2) case_(1, 4, 4)
+#endif
+#define MS_UNROLL _Pragma("clang loop unroll(full)")
+
+typedef struct {
+  float *values;  // [queries, value_dim], not divided by the sum
+  float *max;     // [queries]
+  float *sum;     // [queries] of e^(score - max)
+} MS_NAME(attention_part);
+
+typedef struct {
+  const MSAttentionParams *p;
+  const void *keys, *planes_values;
+  const int32_t *table;     // the sequence's blocks
+  uint32_t kv_head, group;  // group: q heads of a kv head
+  uint32_t block_shift;
+  uint32_t rows;            // of the tile; query j is head j % group of row j / group
+  int32_t lo[MS_ATTN_TILE_ROWS], hi[MS_ATTN_TILE_ROWS];  // positions that a row sees
+  float *queries;           // [rows * group, head_dim], scaled
+  float *scores;            // [rows * group, MS_ATTN_CHUNK]
+} MS_NAME(attention_tile);
+
+MS_VEC f32x16 MS_NAME(load_kv)(const void *plane, size_t at, const uint32_t dtype) {
+  if (dtype == MS_FLOAT32) return vload((const float *)plane + at);
+  return dtype == MS_FLOAT16 ? vload_f16((const uint16_t *)plane + at) : vload_bf16((const uint16_t *)plane + at);
+}
+MS_VEC void MS_NAME(prefetch_kv)(const void *plane, size_t at, const uint32_t dtype) {
+  __builtin_prefetch((const char *)plane + at * (dtype == MS_FLOAT32 ? 4 : 2));
+}
+
+// The first key element of a position's vector, and the first value element of a position.
+MS_VEC size_t MS_NAME(key_at)(const MS_NAME(attention_tile) * t, uint32_t position) {
+  const size_t block = (uint32_t)t->table[position >> t->block_shift];
+  const size_t head = block * t->p->num_kv_heads + t->kv_head;
+  return head * t->p->head_dim * t->p->block_size + (position & (t->p->block_size - 1));
+}
+MS_VEC size_t MS_NAME(value_at)(const MS_NAME(attention_tile) * t, uint32_t position) {
+  const size_t block = (uint32_t)t->table[position >> t->block_shift];
+  const size_t head = block * t->p->num_kv_heads + t->kv_head;
+  return (head * t->p->block_size + (position & (t->p->block_size - 1))) * t->p->value_dim;
+}
+
+// Scores of `nr` queries from j against the 16 * nv positions from `at`. ahead: what to fetch for the next call.
+MS_VEC void MS_NAME(score)(const MS_NAME(attention_tile) * t, uint32_t j, uint32_t at, uint32_t ahead, float *scores, const uint32_t nr,
+                           const uint32_t nv, const uint32_t dtype) {
+  const uint32_t dim = t->p->head_dim, stride = t->p->block_size;
+  const float *q = t->queries + (size_t)j * dim;
+  f32x16 sum[12][8];
+  size_t key[8], next[8];
+  MS_UNROLL for (uint32_t v = 0; v < nv; ++v) {
+    key[v] = MS_NAME(key_at)(t, at + 16 * v);
+    next[v] = MS_NAME(key_at)(t, ahead + 16 * v < (uint32_t)t->hi[t->rows - 1] ? ahead + 16 * v : at + 16 * v);
+    MS_UNROLL for (uint32_t i = 0; i < nr; ++i) sum[i][v] = vsplat(0);
+  }
+  for (uint32_t d = 0; d < dim; ++d) {
+    f32x16 k[8];
+    MS_UNROLL for (uint32_t v = 0; v < nv; ++v) {
+      k[v] = MS_NAME(load_kv)(t->keys, key[v] + (size_t)d * stride, dtype);
+      if (j == 0) MS_NAME(prefetch_kv)(t->keys, next[v] + (size_t)d * stride, dtype);
+    }
+    MS_UNROLL for (uint32_t i = 0; i < nr; ++i) {
+      const f32x16 x = vsplat(q[(size_t)i * dim + d]);
+      MS_UNROLL for (uint32_t v = 0; v < nv; ++v) sum[i][v] = vfma(k[v], x, sum[i][v]);
+    }
+  }
+  MS_UNROLL for (uint32_t i = 0; i < nr; ++i) {
+    MS_UNROLL for (uint32_t v = 0; v < nv; ++v) vstore(scores + (size_t)i * MS_ATTN_CHUNK + 16 * v, sum[i][v]);
+  }
+}
+
+// values[i] += weights of positions [lo, hi) times their values, elements [e, e + 16 * nv), for `nr` queries.
+MS_VEC void MS_NAME(weigh)(const MS_NAME(attention_tile) * t, float *values, const float *weights, uint32_t lo, uint32_t hi, uint32_t e,
+                           const uint32_t nr, const uint32_t nv, const uint32_t dtype) {
+  const uint32_t dim = t->p->value_dim, last = (uint32_t)t->hi[t->rows - 1] - 1;
+  f32x16 sum[12][8];
+  MS_UNROLL for (uint32_t i = 0; i < nr; ++i) {
+    MS_UNROLL for (uint32_t v = 0; v < nv; ++v) sum[i][v] = vload(values + (size_t)i * dim + e + 16 * v);
+  }
+  for (uint32_t at = lo; at < hi;) {
+    const uint32_t block_end = (at | (t->p->block_size - 1)) + 1, end = block_end < hi ? block_end : hi;
+    const size_t value = MS_NAME(value_at)(t, at) + e;
+    const size_t next = MS_NAME(value_at)(t, at + 32 < last ? at + 32 : last) + e;
+    for (uint32_t n = 0; n < end - at; ++n) {
+      f32x16 x[8];
+      MS_UNROLL for (uint32_t v = 0; v < nv; ++v) {
+        x[v] = MS_NAME(load_kv)(t->planes_values, value + (size_t)n * dim + 16 * v, dtype);
+        if (v % 2 == 0 || dtype == MS_FLOAT32) {
+          MS_NAME(prefetch_kv)(t->planes_values, next + (size_t)n * dim + 16 * v, dtype);
+        }
+      }
+      MS_UNROLL for (uint32_t i = 0; i < nr; ++i) {
+        const f32x16 w = vsplat(weights[(size_t)i * MS_ATTN_CHUNK + (at - lo) + n]);
+        MS_UNROLL for (uint32_t v = 0; v < nv; ++v) sum[i][v] = vfma(x[v], w, sum[i][v]);
+      }
+    }
+    at = end;
+  }
+  MS_UNROLL for (uint32_t i = 0; i < nr; ++i) {
+    MS_UNROLL for (uint32_t v = 0; v < nv; ++v) vstore(values + (size_t)i * dim + e + 16 * v, sum[i][v]);
+  }
+}
+
+// The widest tile of at most `queries`.
+MS_VEC uint32_t MS_NAME(tile_width)(uint32_t queries) {
+#define MS_CASE(nr, nk, nv) \
+  if (queries >= nr) return nr;
+  MS_TILES(MS_CASE)
+#undef MS_CASE
+  return 1;
+}
+
+// Scores of all queries against positions [at, end) of a chunk; at is a multiple of 16, end is rounded up to one.
+MS_VEC void MS_NAME(score_all)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t at, uint32_t end, const uint32_t dtype) {
+  const uint32_t queries = t->rows * t->group;
+  for (uint32_t j = 0, nr; j < queries; j += nr) {
+    nr = MS_NAME(tile_width)(queries - j);
+    float *scores = t->scores + (size_t)j * MS_ATTN_CHUNK;
+    for (uint32_t from = at; from < end;) {
+      switch (nr) {
+#define MS_CASE(nr_, nk_, nv_)                                                                                   \
+  case nr_:                                                                                                      \
+    if (from + 16 * nk_ <= end + 15) {                                                                           \
+      MS_NAME(score)(t, j, from, from + 16 * nk_, scores + (from - chunk), nr_, nk_, dtype);                     \
+      from += 16 * nk_;                                                                                          \
+    } else {                                                                                                     \
+      MS_NAME(score)(t, j, from, from + 16, scores + (from - chunk), nr_, 1, dtype);                             \
+      from += 16;                                                                                                \
+    }                                                                                                            \
+    break;
+        MS_TILES(MS_CASE)
+#undef MS_CASE
+      }
+    }
+  }
+}
+
+static void MS_NAME(weigh_one)(const MS_NAME(attention_tile) * t, float *values, uint32_t j, uint32_t chunk, uint32_t lo, uint32_t hi,
+                               uint32_t nr) {
+  const uint32_t dim = t->p->value_dim, dtype = t->p->kv_dtype;
+  const float *weights = t->scores + (size_t)j * MS_ATTN_CHUNK + (lo - chunk);
+  float *to = values + (size_t)j * dim;
+  for (uint32_t e = 0; e < dim;) {
+#define MS_WEIGH(nr_, nv_, dtype_) MS_NAME(weigh)(t, to, weights, lo, hi, e, nr_, nv_, dtype_)
+#define MS_CASE(nr_, nk_, nv_)                                                          \
+  case nr_:                                                                             \
+    if (e + 16 * nv_ <= dim) {                                                          \
+      if (dtype == MS_FLOAT16) MS_WEIGH(nr_, nv_, MS_FLOAT16);                          \
+      if (dtype == MS_BFLOAT16) MS_WEIGH(nr_, nv_, MS_BFLOAT16);                        \
+      if (dtype == MS_FLOAT32) MS_WEIGH(nr_, nv_, MS_FLOAT32);                          \
+      e += 16 * nv_;                                                                    \
+    } else {                                                                            \
+      if (dtype == MS_FLOAT16) MS_WEIGH(nr_, 1, MS_FLOAT16);                            \
+      if (dtype == MS_BFLOAT16) MS_WEIGH(nr_, 1, MS_BFLOAT16);                          \
+      if (dtype == MS_FLOAT32) MS_WEIGH(nr_, 1, MS_FLOAT32);                            \
+      e += 16;                                                                          \
+    }                                                                                   \
+    break;
+    switch (nr) { MS_TILES(MS_CASE) }
+#undef MS_CASE
+#undef MS_WEIGH
+  }
+}

@@ -1,0 +1,11 @@
+// The kernels, in the order in which they need each other. Included once per instruction set.
+#include "vec.h"
+#include "panel_body.h"
+#include "row_ops_body.h"
+#include "program_body.h"
+#include "row_program_body.h"
+#include "linear_body.h"
+#include "attention_tile_body.h"
+#include "attention_body.h"
+#include "sample_body.h"
+#include "add_rms_norm_body.h"

