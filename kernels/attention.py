@@ -1,0 +1,79 @@
+"""Attention over the paged KV cache: every row of the step against the cached positions of its own sequence.
+
+Softmax is streamed over chunks of the context (Milakov & Gimelshein, arXiv 1805.02867); the chunks depend on a row's context
+alone, so a row's result does not depend on what else is in the step.
+"""
+from __future__ import annotations
+
+import mlx.core as mx
+
+from metalstep.kernels import check, params
+from metalstep.kernels.launch import Buffer, Launch
+from metalstep.kernels.step import StepBuffers
+
+THREADS = 128
+
+
+def reference(
+    q: mx.array, keys: mx.array, values: mx.array, position: int, scale: float, window: int, softcap: float, sinks: mx.array | None
+) -> mx.array:
+    """One row, in float32: q [num_q_heads, head_dim], keys [num_kv_heads, context, head_dim], values likewise. The row sees
+    positions up to its own, the last `window` of them if window > 0. Returns [num_q_heads, value_dim]."""
+    group = q.shape[0] // keys.shape[0]
+    first = max(0, position - window + 1) if window else 0
+    keys = mx.repeat(keys[:, first : position + 1].astype(mx.float32), group, axis=0)
+    values = mx.repeat(values[:, first : position + 1].astype(mx.float32), group, axis=0)
+    scores = (keys @ q.astype(mx.float32)[:, :, None])[:, :, 0] * scale
+    if softcap:
+        scores = mx.tanh(scores / softcap) * softcap
+    if sinks is not None:
+        scores = mx.concatenate([scores, sinks.astype(mx.float32)[:, None]], axis=1)
+    weights = mx.softmax(scores, axis=-1)
+    weights = weights if sinks is None else weights[:, :-1]
+    return (weights[:, None] @ values)[:, 0]
+
+
+def launches(
+    q: Buffer,
+    q_offset: int,
+    q_row_stride: int,
+    k_plane: Buffer,
+    v_plane: Buffer,
+    out: Buffer,
+    step: StepBuffers,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    block_size: int,
+    kv_dtype: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Buffer | None = None,
+    max_rows: int,
+) -> list[Launch]:
+    """Attend with q (float32 rows of num_q_heads * head_dim elements from `q_offset`, `q_row_stride` elements apart) over the planes.
+
+    Units: window in positions (0: all), q_offset and q_row_stride in elements. kv_dtype: ms_dtype of the planes.
+    Raises: ValueError for head counts that do not divide.
+    """
+    check.divides("attention", "num_q_heads", num_q_heads, "num_kv_heads", num_kv_heads)
+    constants = params.pack(
+        "MSAttentionParams",
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        value_dim=value_dim,
+        block_size=block_size,
+        kv_dtype=kv_dtype,
+        window=window,
+        q_offset=q_offset,
+        q_row_stride=q_row_stride,
+        has_sinks=int(sinks is not None),
+        scale=scale,
+        softcap=softcap,
+    )
+    bindings = [step.step, step.positions, step.seq_ids, step.block_tables, q, k_plane, v_plane, out, sinks or step.step]
+    return [Launch("attention", bindings, constants, grid=(max_rows, num_kv_heads, 1), threads=(THREADS, 1, 1))]
