@@ -1,0 +1,18 @@
+"""metalstep: language models from Python, their decode step captured once and replayed as one native call."""
+from metalstep.capture import CaptureError
+from metalstep.checkpoint import CheckpointError
+from metalstep.generate import GenerationResponse, generate, stream_generate
+from metalstep.model import Model, load
+from metalstep.sampling import SamplingParams
+
+__version__ = "0.1.0"
+__all__ = [
+    "CaptureError",
+    "CheckpointError",
+    "GenerationResponse",
+    "Model",
+    "SamplingParams",
+    "generate",
+    "load",
+    "stream_generate",
+]

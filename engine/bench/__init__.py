@@ -1,0 +1,1 @@
+"""Measurements: speed against peers in interleaved runs, launch times, quality against a float32 oracle."""

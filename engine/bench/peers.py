@@ -1,0 +1,126 @@
+"""Worker processes: metalstep in this Python, the peers in their own virtual environment, all on the same model."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager
+
+PEERS = ("mlx-lm", "llama.cpp")
+WORKER = Path(__file__).with_name("worker.py")
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "METALSTEP_THREADS")
+
+
+class PeerError(RuntimeError):
+    """A peer cannot be started or failed. hint: what to do, or None."""
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message)
+        self.hint = hint
+
+
+class Peer:
+    """An engine in a process of its own. It loads once and idles between measurements.
+
+    head: what it says of itself: engine, version, load_s; metalstep's also weight_bytes and kv_bytes per token.
+    """
+
+    def __init__(self, engine: str, python: str, model: str, threads: int, max_context: int):
+        self.engine = engine
+        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
+        command = [python, str(WORKER), engine, model, str(threads), str(max_context)]
+        # -m would put this package's folder out of reach of a peer's Python; run as a file, its folder must not shadow modules.
+        environment["PYTHONSAFEPATH"] = "1"
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=environment,
+        )
+        self.head = self._answer()
+
+    def measure(self, prompt: list[int], tokens: int) -> dict[str, Any]:
+        """ttft_s, steps_s [tokens] and ids [tokens + 1] of one greedy run. Raises: PeerError with the engine's own text."""
+        assert self._process.stdin is not None
+        try:
+            print(json.dumps({"prompt": prompt, "tokens": tokens}), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            raise PeerError(f"{self.engine}: its process has ended") from None
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise PeerError(f"{self.engine}: its process ended with status {self._process.wait()} and no answer")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise PeerError(
+                f"{self.engine}: {answer['error']}", "make peers" if "ModuleNotFound" in answer["error"] else None
+            )
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process.stdin is not None and not self._process.stdin.closed:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+def peers_python(engine: str, given: str | None) -> str:
+    """The Python that runs `engine`: `given`, or .venv-peers of the checkout or the working directory.
+
+    mlx-lm is a dependency of metalstep's own, so without .venv-peers it runs in this Python. Raises: PeerError for llama.cpp.
+    """
+    if engine == "metalstep":
+        return sys.executable
+    folders = [Path.cwd(), Path(__file__).resolve().parents[2]]
+    candidates = [given] if given else [str(folder / ".venv-peers" / "bin" / "python") for folder in folders]
+    for candidate in candidates:
+        if os.access(candidate, os.X_OK):
+            return candidate
+    if engine == "mlx-lm" and not given:
+        return sys.executable
+    raise PeerError(
+        f"no Python with {engine}: looked for {' and '.join(candidates)}", "make peers, or pass --peers-python PATH"
+    )
+
+
+def model_for(engine: str, checkpoint: Checkpoint, given: str, scratch: Path) -> str:
+    """The model in a form that `engine` reads, written into `scratch` where it has to be converted.
+
+    given: the model's name as the user wrote it. mlx-lm gets the same quantised weights as safetensors, with the other arrays in
+    float32 on the CPU, where MLX's half-precision matmuls take seconds per token. Raises: PeerError for a model it cannot read.
+    """
+    if engine == "metalstep":
+        return given
+    if engine == "llama.cpp":
+        if checkpoint.path.suffix != ".gguf":
+            raise PeerError(f"llama.cpp reads .gguf files, and {given} is none", "leave llama.cpp out of --against")
+        return str(checkpoint.path)
+    folder = scratch / "mlx-lm"
+    folder.mkdir()
+    model = build_model(checkpoint)
+    cpu = mx.default_device() == mx.Device(mx.cpu)
+    load_weights_eager(model, checkpoint, dtype=mx.float32 if cpu else None)
+    mx.save_safetensors(
+        str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"}
+    )
+    (folder / "config.json").write_text(json.dumps(checkpoint.config, default=str))
+    return str(folder)

@@ -1,0 +1,125 @@
+"""What the subcommands share: a parser whose errors are one line, and the options that choose how a model is loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any, NoReturn
+
+from metalstep.model import DEVICES, Model, load
+
+ARITHMETIC = ("int16", "int8")
+KV_DTYPES = ("float16", "bfloat16", "float32")
+
+
+class CommandError(Exception):
+    """A wrong call of the command line. hint: what to do, without the word `hint`; or None."""
+
+    def __init__(self, message: str, hint: str | None = None):
+        super().__init__(message)
+        self.hint = hint
+
+
+def report(error: BaseException) -> None:
+    """Print `error: …` and `hint: …` to stderr. In metalstep's own messages what to do follows the last semicolon."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    hint = getattr(error, "hint", None)
+    if hint is None and not isinstance(error, OSError | CommandError):
+        head, semicolon, tail = text.rpartition("; ")
+        if semicolon:
+            text, hint = head, tail
+    print(f"error: {text}", file=sys.stderr)
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that raises CommandError where argparse prints its usage and exits."""
+
+    def __init__(self, prog: str, description: str):
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise CommandError(message, f"{self.prog} --help")
+
+
+def boolean(text: str) -> bool:
+    """`true` or `false`, as mlx_lm.generate spells a flag's value."""
+    if text.lower() in ("true", "t", "1", "yes"):
+        return True
+    if text.lower() in ("false", "f", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+
+
+def positive(text: str) -> int:
+    """An integer above 0."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
+    return value
+
+
+def integers(text: str) -> list[int]:
+    """Integers above 0 with commas between them."""
+    return [positive(part) for part in text.split(",")]
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a JSON object")
+    return value
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `load_model` reads."""
+    group = parser.add_argument_group("how the model runs")
+    group.add_argument(
+        "--device",
+        choices=DEVICES,
+        help="host: the native step on the CPU (default); eager: mlx-lm's own graph through MLX",
+    )
+    group.add_argument(
+        "--threads", type=positive, metavar="N", help="threads of the host device (default: all that it may use)"
+    )
+    group.add_argument(
+        "--arithmetic",
+        choices=ARITHMETIC,
+        default="int16",
+        help="of quantised weights: int16 is near-exact (default), int8 is faster with many rows and less exact",
+    )
+    group.add_argument(
+        "--kv-dtype", choices=KV_DTYPES, default="float16", help="type of the KV cache (default: float16)"
+    )
+    group.add_argument(
+        "--max-context",
+        type=positive,
+        metavar="TOKENS",
+        help="tokens that the cache holds (default: the model's limit, or what fits)",
+    )
+    group.add_argument(
+        "--strict", action="store_true", help="fail where a model cannot run natively instead of running it eagerly"
+    )
+
+
+def load_model(args: argparse.Namespace, **others: Any) -> tuple[Model, Any]:
+    """`metalstep.load` with the options of `add_load_options`; (model, tokenizer)."""
+    return load(
+        args.model,
+        device=args.device,
+        threads=args.threads,
+        strict=args.strict,
+        arithmetic=args.arithmetic,
+        kv_dtype=args.kv_dtype,
+        max_context=args.max_context,
+        **others,
+    )

@@ -1,0 +1,175 @@
+"""`load` and the model it returns: native where the model can be captured, eager through mlx-lm where it cannot."""
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from metalstep.capture import CaptureError, capture
+from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager, open_checkpoint
+from metalstep.kernels.native import NativeDevice, NativeUnavailable
+from metalstep.native_model import NativeModel
+
+DEVICES = ("host", "eager")
+
+
+class Model:
+    """A loaded model. Callable like an mlx-lm model: `model(ids[None])` gives logits [batch, length, vocab] in float32.
+
+    native: the captured model on its device, or None when it runs eagerly through mlx-lm. fallback_reason: why it does, or None.
+    config: mlx-lm's config.json as a dict. eager: the mlx-lm model, with weights only when native is None.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, eager: Any, native: NativeModel | None, fallback_reason: str | None):
+        self.config = checkpoint.config
+        self.model_type: str = checkpoint.config.get("model_type", "")
+        self.native = native
+        self.eager = eager
+        self.fallback_reason = fallback_reason
+        self._checkpoint = checkpoint
+
+    @property
+    def args(self) -> Any:
+        """mlx-lm's ModelArgs."""
+        return self.eager.args
+
+    @property
+    def layers(self) -> Any:
+        """mlx-lm's layers: structure only when the model runs natively."""
+        return self.eager.layers
+
+    def __call__(self, inputs: mx.array, cache: Any = None, **refused: Any) -> mx.array:
+        """Logits of every position: inputs int [batch, length] -> float32 [batch, length, vocab].
+
+        Raises: NotImplementedError for a cache or other mlx-lm arguments on a native model (stream_generate keeps its own cache);
+        ValueError for another shape or ids outside the vocabulary.
+        """
+        if self.native is None:
+            return self.eager(inputs, cache=cache, **refused)
+        if cache is not None or refused:
+            names = [*(["cache"] if cache is not None else []), *refused]
+            raise NotImplementedError(
+                f"model(..., {names[0]}=...) is not supported on a native model; use stream_generate, which keeps the cache itself, "
+                "or load(..., device='eager')"
+            )
+        ids = np.array(inputs)
+        if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise ValueError(f"model: inputs have shape {ids.shape} and dtype {ids.dtype}, expected integers [batch, length], not empty")
+        return mx.array(np.stack([self.native.logits(row.astype(np.int64)) for row in ids]))
+
+    def explain(self) -> dict[str, Any]:
+        """How this model runs: see `metalstep explain`."""
+        head: dict[str, Any] = {
+            "model_type": self.model_type,
+            "native": self.native is not None,
+            "fallback_reason": self.fallback_reason,
+            "file_bytes": self._checkpoint.file_bytes,
+        }
+        if self.native is None:
+            return {**head, "device": "eager", "launches_per_token": None, "launches": []}
+        return {**head, **self.native.explain()}
+
+    @property
+    def device_description(self) -> str:
+        """The device in words, e.g. `host (avx512, 2 threads)`."""
+        if self.native is None:
+            return f"eager MLX on {mx.default_device()}"
+        info = self.native.device.info
+        detail = ", ".join(filter(None, [info.isa, f"{info.threads} threads" if info.threads else ""]))
+        return f"{info.name} ({detail})"
+
+    def close(self) -> None:
+        """Give back the device's memory. The model is unusable afterwards."""
+        if self.native is not None:
+            self.native.close()
+        self._checkpoint.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def load(
+    path_or_hf_repo: str | os.PathLike[str],
+    tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    strict: bool = False,
+    arithmetic: str = "int16",
+    kv_dtype: str = "float16",
+    max_context: int | None = None,
+) -> tuple[Model, Any]:
+    """Load a model and its tokenizer.
+
+    path_or_hf_repo: "smollm2" (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory or a Hugging Face id of an mlx-lm model.
+    device: "host" (native step on the CPU) or "eager" (mlx-lm's own graph); None takes "host". threads: of the host device; None
+    takes what the process may use. strict: raise instead of falling back to eager MLX. arithmetic: "int16" (near-exact) or "int8"
+    (faster with many rows, less exact). kv_dtype: float16, bfloat16 or float32. max_context: tokens that the cache holds.
+    tokenizer_config, model_config: overrides of the files' own, as in mlx-lm. lazy has no effect: weights are packed when loaded.
+    Returns: (Model, mlx-lm TokenizerWrapper).
+    Raises: CheckpointError for files that cannot be used; CaptureError with strict; ValueError for an option.
+    """
+    if adapter_path is not None:
+        raise NotImplementedError("adapter_path is not supported; fuse the adapter with `mlx_lm.fuse` and load the result")
+    if device not in (None, *DEVICES):
+        raise ValueError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
+    checkpoint = open_checkpoint(path_or_hf_repo)
+    try:
+        checkpoint.config.update(model_config or {})
+        skeleton = build_model(checkpoint)
+        native, reason = None, "device='eager' was asked for"
+        if device != "eager":
+            native, reason = _native(checkpoint, skeleton, threads, strict, arithmetic, kv_dtype, max_context)
+        if native is None:
+            # MLX's half-precision matmuls on the CPU take seconds per token and are inaccurate.
+            cpu = mx.default_device() == mx.Device(mx.cpu)
+            load_weights_eager(skeleton, checkpoint, dtype=mx.float32 if cpu else None)
+        tokenizer = checkpoint.tokenizer(tokenizer_config)
+        return Model(checkpoint, skeleton, native, reason), tokenizer
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _native(
+    checkpoint: Checkpoint,
+    skeleton: Any,
+    threads: int | None,
+    strict: bool,
+    arithmetic: str,
+    kv_dtype: str,
+    max_context: int | None,
+) -> tuple[NativeModel | None, str | None]:
+    """The native model, or None and why not (after one warning)."""
+    try:
+        device = NativeDevice.open("host", threads or 0)
+    except NativeUnavailable as error:
+        if strict:
+            raise
+        warnings.warn(f"{error}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)
+        return None, str(error)
+    try:
+        captured = capture(skeleton, checkpoint.config.get("model_type", ""))
+        native = NativeModel(
+            captured, checkpoint, device, max_context=max_context, kv_dtype=kv_dtype, arithmetic=arithmetic
+        )
+        native.warmup()
+        return native, None
+    except CaptureError as error:
+        device.close()
+        if strict:
+            raise
+        warnings.warn(f"{error}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)
+        return None, str(error)
+    except BaseException:
+        device.close()
+        raise

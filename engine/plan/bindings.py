@@ -1,0 +1,78 @@
+"""Where the values of a plan live on the device, and the buffers that one launch binds."""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from metalstep.capture.errors import CaptureError
+from metalstep.capture.graph import Graph, Value
+from metalstep.kernels.launch import Buffer
+from metalstep.plan.layout import RowView
+from metalstep.plan.weights import WeightStore
+
+
+@dataclass(frozen=True)
+class KVPlanes:
+    """One layer's cache. k and v: see kernels/kv_write.py; dtype: ms_dtype; block_size in tokens."""
+
+    k: Buffer
+    v: Buffer
+    block_size: int
+    dtype: int
+
+
+@dataclass
+class Placement:
+    """Device buffers by stored value. `values` holds what launches write; weights and constants are placed on first use."""
+
+    graph: Graph
+    weights: WeightStore
+    planes: dict[object, KVPlanes]
+    values: dict[Value, Buffer] = field(default_factory=dict)
+    _constants: dict[Value, Buffer] = field(default_factory=dict)
+
+    def scalar(self, view: RowView) -> float | None:
+        """The number that every element of `view` is, when it looks at one element of a weight or constant."""
+        root = view.root
+        if root.kind not in ("const", "weight") or any(s for d, s in zip(view.dims, view.strides, strict=True) if d != 1):
+            return None
+        if view.row_stride:
+            return None
+        data = np.array(root.data) if root.kind == "const" else self.weights.array(root.name)
+        return float(data.reshape(-1)[view.offset])
+
+    def buffer(self, root: Value) -> Buffer:
+        """The buffer of a stored value, float32 rows of row_size elements."""
+        if root.kind == "weight":
+            return self.weights.vector(root.name)
+        if root.kind == "const" and root.rows:
+            raise CaptureError(f"a constant {list(root.shape)} that differs from row to row")
+        if root.kind == "const":
+            if root not in self._constants:
+                self._constants[root] = self.weights.constant(np.array(root.data))
+            return self._constants[root]
+        return self.values[root]
+
+
+@dataclass
+class Slots:
+    """Bindings of one launch behind the fixed ones: a slot per buffer, in order of first use."""
+
+    first: int
+    buffers: list[Buffer] = field(default_factory=list)
+    reads: list[Buffer] = field(default_factory=list)
+    writes: list[Buffer] = field(default_factory=list)
+
+    def read(self, buffer: Buffer) -> int:
+        self.reads.append(buffer)
+        return self._slot(buffer)
+
+    def write(self, buffer: Buffer) -> int:
+        self.writes.append(buffer)
+        return self._slot(buffer)
+
+    def _slot(self, buffer: Buffer) -> int:
+        if buffer not in self.buffers:
+            self.buffers.append(buffer)
+        return self.first + self.buffers.index(buffer)

@@ -1,0 +1,155 @@
+"""Weights on the device: linears packed into panels, everything else as float32 vectors, all in one buffer."""
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from metalstep.capture.errors import CaptureError
+from metalstep.checkpoint import Tensor
+from metalstep.kernels import params
+from metalstep.kernels.launch import Buffer
+from metalstep.kernels.linear import PackedWeight
+from metalstep.kernels.native import DeviceBuffer, NativeDevice
+
+ALIGN = 256  # bytes
+DTYPES = {"float32": params.MS_FLOAT32, "float16": params.MS_FLOAT16, "bfloat16": params.MS_BFLOAT16}
+BLOCKS = {  # GGUF block formats: source format, bits of the packed weight
+    "q4_0": (params.MS_WEIGHT_GGUF_Q4_0, 4),
+    "q4_1": (params.MS_WEIGHT_GGUF_Q4_1, 4),
+    "q8_0": (params.MS_WEIGHT_GGUF_Q8_0, 8),
+}
+BLOCK_GROUP = 32  # elements in a GGUF block
+
+
+class WeightStore:
+    """Puts a checkpoint's tensors on `device` as launches ask for them, each once per use (panels or vector, and range of rows).
+
+    tensors: by mlx-lm parameter name. prepared: weights computed once from others, by name.
+    """
+
+    def __init__(self, device: NativeDevice, tensors: Mapping[str, Tensor], prepared: Mapping[str, mx.array]):
+        self._device = device
+        self._tensors = tensors
+        self._prepared = prepared
+        self._packed: dict[tuple[str, int, int], PackedWeight] = {}
+        self._vectors: dict[str, Buffer] = {}
+        self._free = 0
+        # Memory is committed when it is written, so the upper bound costs nothing.
+        self._arena = device.create_buffer(max(ALIGN, sum(self._bound(name) for name in tensors)))
+        self._overflow: list[DeviceBuffer] = []
+
+    @property
+    def packed_weights(self) -> list[PackedWeight]:
+        return list(self._packed.values())
+
+    @property
+    def bytes(self) -> int:
+        """Bytes in use on the device."""
+        return self._free + sum(buffer.nbytes for buffer in self._overflow)
+
+    def packed(self, name: str, n: int, k: int, bits: int, group_size: int, first: int = 0) -> PackedWeight:
+        """Rows [first, first + n) of the linear weight `name` as panels. bits 16 or more: dense.
+
+        Raises: CaptureError for an unknown name; ValueError from the device for a combination it cannot pack.
+        """
+        key = (name, first, n)
+        if key not in self._packed:
+            self._packed[key] = self._pack(name, n, k, bits, group_size, first)
+        return self._packed[key]
+
+    def vector(self, name: str) -> Buffer:
+        """The weight `name`, all elements, as float32."""
+        if name not in self._vectors:
+            self._vectors[name] = self.constant(self.array(name))
+        return self._vectors[name]
+
+    def array(self, name: str) -> np.ndarray:
+        """The weight `name` as float32 (uint32 for packed words) in host memory."""
+        if name in self._prepared:
+            return np.array(self._prepared[name].astype(mx.float32))
+        if name not in self._tensors:
+            raise CaptureError(f"the model uses a weight {name!r} that the checkpoint does not have")
+        return self._tensors[name].numpy()
+
+    def constant(self, values: np.ndarray) -> Buffer:
+        """`values` as float32 on the device."""
+        values = np.ascontiguousarray(values, np.float32)
+        owner, offset = self._reserve(values.nbytes)
+        owner.numpy(np.float32, values.shape, offset)[...] = values
+        return Buffer(owner.handle, offset, values.shape, "float32")
+
+    def _reserve(self, nbytes: int) -> tuple[DeviceBuffer, int]:
+        if self._free + nbytes > self._arena.nbytes:
+            self._overflow.append(self._device.create_buffer(nbytes))
+            return self._overflow[-1], 0
+        at = self._free
+        self._free += -(-nbytes // ALIGN) * ALIGN
+        return self._arena, at
+
+    def _bound(self, name: str) -> int:
+        """Bytes that `name` takes at most, as panels or as float32."""
+        tensor = self._tensors[name]
+        rows, width = math.prod(tensor.shape[:-1]), tensor.shape[-1] if tensor.shape else 1
+        padded = (rows + 64) * width
+        if tensor.format in BLOCKS:
+            return padded * 36 // 32 + ALIGN
+        if tensor.dtype == "uint32" or name.endswith((".scales", ".biases")):
+            return padded * 4 + ALIGN
+        return padded * (4 if len(tensor.shape) < 2 or tensor.dtype == "float32" else 2) + ALIGN
+
+    def _pack(self, name: str, n: int, k: int, bits: int, group_size: int, first: int) -> PackedWeight:
+        source, keep = self._source(name, n, k, bits, group_size, first)
+        nbytes = self._device.weight_bytes(n, k, source["bits"], source["group_size"], source["dtype"])
+        owner, offset = self._reserve(nbytes)
+        self._device.pack_weight(owner, offset, **source)
+        for tensor in keep:
+            if isinstance(tensor, Tensor):
+                tensor.drop_pages()
+        region = Buffer(owner.handle, offset, (nbytes,), "uint8")
+        return PackedWeight(region, n, k, source["bits"], source["group_size"], source["dtype"])
+
+    def _source(self, name: str, n: int, k: int, bits: int, group_size: int, first: int) -> tuple[dict, list]:
+        """Fields of MSWeightSource, and the objects that own its memory."""
+        if name in self._prepared:
+            values = np.ascontiguousarray(self.array(name)[first : first + n])
+            return self._dense(n, k, params.MS_FLOAT32, values.ctypes.data, None), [values]
+        if name not in self._tensors:
+            raise CaptureError(f"the model uses a weight {name!r} that the checkpoint does not have")
+        tensor = self._tensors[name]
+        order = tensor.row_order
+        if first or n != math.prod(tensor.shape[:-1]):
+            rows = np.arange(first, first + n, dtype=np.int32)
+            order = rows if order is None else np.ascontiguousarray(order[first : first + n])
+        row_order = None if order is None else np.ascontiguousarray(order, np.int32)
+        pointer = None if row_order is None else row_order.ctypes.data
+        if tensor.format in BLOCKS:
+            code, block_bits = BLOCKS[tensor.format]
+            fields = self._dense(n, k, params.MS_FLOAT16, tensor.address(), pointer)
+            return {**fields, "format": code, "bits": block_bits, "group_size": BLOCK_GROUP}, [tensor, row_order]
+        if tensor.dtype != "uint32":
+            return self._dense(n, k, DTYPES[tensor.dtype], tensor.address(), pointer), [tensor, row_order]
+        base = name.removesuffix("weight")
+        scales, biases = self._tensors[base + "scales"], self._tensors[base + "biases"]
+        if scales.dtype != biases.dtype:
+            raise CaptureError(f"{base}scales is {scales.dtype} and its biases are {biases.dtype}; one dtype is expected")
+        fields = self._dense(n, k, DTYPES[scales.dtype], tensor.address(), pointer)
+        affine = {"format": params.MS_WEIGHT_AFFINE, "bits": bits, "group_size": group_size}
+        pointers = {"scales": scales.address(), "biases": biases.address()}
+        return {**fields, **affine, **pointers}, [tensor, scales, biases, row_order]
+
+    def _dense(self, n: int, k: int, dtype: int, data: int, row_order: int | None) -> dict:
+        return {
+            "format": params.MS_WEIGHT_DENSE,
+            "n": n,
+            "k": k,
+            "bits": 32 if dtype == params.MS_FLOAT32 else 16,
+            "group_size": 0,
+            "dtype": dtype,
+            "data": data,
+            "row_order": row_order,
+        }
+
+
