@@ -1,0 +1,141 @@
+"""The command line without a model: help, versions, and errors that are one line and a hint."""
+
+import os
+import subprocess
+import sys
+from importlib.metadata import EntryPoint
+
+import pytest
+
+from metalstep.cli import main as command
+from metalstep.cli.parser import CommandError, Parser, report
+
+
+def run(capsys, *argv):
+    """Exit status, stdout and stderr of `metalstep ARGV`."""
+    status = command.main(list(argv))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"], ["help"]])
+def test_help_names_every_command(capsys, argv):
+    status, out, err = run(capsys, *argv)
+    assert status == 0
+    assert all(name in out for name in command.COMMANDS)
+    assert err == ""
+
+
+@pytest.mark.parametrize(
+    "argv", [["generate"], ["explain"], ["bench"], ["bench", "decode"], ["bench", "launches"], ["bench", "quality"]]
+)
+def test_each_command_has_help(capsys, argv):
+    status, out, _ = run(capsys, *argv, "--help")
+    assert status == 0
+    assert " ".join(["usage: metalstep", *argv]) in out
+
+
+def test_version_prints_what_results_depend_on(capsys):
+    status, out, _ = run(capsys, "--version")
+    assert status == 0
+    names = [line.split()[0] for line in out.splitlines()]
+    assert names[:5] == ["metalstep", "mlx", "mlx-lm", "python", "abi"]
+    assert names[5:] in (["isa"], ["native"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["frobnicate"], "no command 'frobnicate', expected one of generate, explain, bench"),
+        (["--frobnicate"], "unknown option --frobnicate"),
+        (["generate"], "the following arguments are required: --model"),
+        (["generate", "--model", "m", "--prompt", "p", "--frobnicate"], "unrecognized arguments: --frobnicate"),
+        (["generate", "--model", "m", "--prompt", "p", "--temp", "hot"], "argument --temp: invalid float value: 'hot'"),
+        (["generate", "--model", "m", "--prompt", "p", "--temp", "nan"], "temperature is nan, expected a finite number"),
+        (["generate", "--model", "m", "--prompt", "p", "--top-p", "1.5"], "top_p is 1.5"),
+        (["generate", "--model", "m", "--prompt", "p", "--seed", "-1"], "seed is -1"),
+        (["generate", "--model", "m", "--prompt", "p", "--max-tokens", "0"], "--max-tokens is 0"),
+        (["generate", "--model", "m", "--prompt", "p", "--max-tokens", "-2"], "--max-tokens is -2"),
+        (["generate", "--model", "m", "--prompt", ""], "the prompt is empty"),
+        (["generate", "--model", "m", "--prompt", "p", "--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
+        (["generate", "--model", "m", "--prompt", "p", "--threads", "0"], "argument --threads: '0' is not an integer above 0"),
+        (["generate", "--model", "m", "--prompt", "p", "--chat-template-config", "[1]"], "'[1]' is not a JSON object"),
+        (["generate", "--model", "m", "--prompt", "p", "--verbose", "maybe"], "'maybe' is neither true nor false"),
+        (["explain"], "the following arguments are required: MODEL"),
+        (["bench", "frobnicate"], "no benchmark 'frobnicate', expected one of decode, launches, quality"),
+        (["bench", "decode", "--against", "vllm"], "--against: no peer 'vllm', expected mlx-lm or llama.cpp"),
+        (["bench", "decode", "--context", "64,x"], "argument --context: 'x' is not an integer above 0"),
+        (["bench", "quality", "--device", "eager"], "--device eager compares MLX with itself"),
+    ],
+)
+def test_a_wrong_call_is_one_line_and_status_2(capsys, argv, message):
+    status, out, err = run(capsys, *argv)
+    assert status == 2
+    assert out == ""
+    first, *rest = err.splitlines()
+    assert first.startswith("error: ")
+    assert message in first
+    assert len(rest) <= 1
+    assert all(line.startswith("hint: ") for line in rest)
+
+
+def test_a_missing_model_file_is_one_line(capsys, tmp_path):
+    status, out, err = run(capsys, "explain", str(tmp_path / "absent.gguf"))
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ")
+    assert "absent.gguf" in err
+    assert "Traceback" not in err
+
+
+def test_what_to_do_becomes_the_hint(capsys):
+    report(ValueError("weight has shape (32,), expected (64,); pass this layer's own weight"))
+    assert capsys.readouterr().err == "error: weight has shape (32,), expected (64,)\nhint: pass this layer's own weight\n"
+
+
+def test_a_message_of_the_system_is_not_split(capsys):
+    report(FileNotFoundError(2, "No such file; really", "a; b"))
+    assert "hint" not in capsys.readouterr().err
+
+
+def test_the_parser_raises_instead_of_exiting():
+    with pytest.raises(CommandError, match="unrecognized arguments: --x") as error:
+        Parser("metalstep test", "").parse_args(["--x"])
+    assert error.value.hint == "metalstep test --help"
+
+
+def test_another_packages_command_is_found_and_gets_its_arguments(capsys, monkeypatch):
+    def serve(argv):
+        """serve a model"""
+        print("serving", *argv)
+        return 7
+
+    entry = EntryPoint("serve", "nowhere:serve", command.GROUP)
+    monkeypatch.setattr(EntryPoint, "load", lambda self: serve)
+    monkeypatch.setattr(command, "plugins", lambda: {"serve": entry})
+    assert run(capsys, "serve", "--port", "1") == (7, "serving --port 1\n", "")
+    assert "serve a model" in run(capsys, "--help")[1]
+
+
+def test_an_interrupt_is_status_130_without_a_traceback(capsys, monkeypatch):
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "run", interrupted)
+    assert run(capsys, "generate") == (130, "", "\n")
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch):
+    def broken(arguments):
+        raise KeyError("layer")
+
+    monkeypatch.setattr(command, "run", broken)
+    with pytest.raises(KeyError):
+        command.main(["generate"])
+
+
+def test_a_closed_pipe_ends_quietly():
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = subprocess.run([sys.executable, "-m", "metalstep.cli.main", "--help"], stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (run.returncode, run.stderr) == (141, b"")

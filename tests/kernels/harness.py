@@ -1,0 +1,101 @@
+"""Runs an op's launches on a device with numpy arrays in and out."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from metalstep.kernels import params
+from metalstep.kernels.launch import Buffer, Launch
+from metalstep.kernels.linear import PackedWeight
+from metalstep.kernels.native import NativeDevice
+from metalstep.kernels.step import StepBuffers
+
+BYTES = np.dtype("uint8")
+
+
+class Harness:
+    """A device with the buffers of one test. Outputs start as NaN, so that what is not written shows."""
+
+    def __init__(self, threads: int = 2, device: str = "host"):
+        """threads: of the host device; others have none to choose."""
+        self.device = NativeDevice.open(device, threads if device == "host" else 0)
+
+    def __enter__(self) -> Harness:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.device.close()
+
+    def put(self, array: np.ndarray, dtype: str | None = None) -> Buffer:
+        """A device copy of `array`; dtype names it where numpy has no such type."""
+        array = np.ascontiguousarray(array)
+        owner = self.device.create_buffer(max(array.nbytes, 16))
+        owner.numpy(array.dtype, array.shape)[...] = array
+        return Buffer(owner.handle, 0, array.shape, dtype or str(array.dtype))
+
+    def empty(self, shape: tuple[int, ...]) -> Buffer:
+        return self.put(np.full(shape, np.nan, np.float32))
+
+    def get(self, buffer: Buffer, dtype: object = np.float32, shape: tuple[int, ...] | None = None) -> np.ndarray:
+        return self.device.numpy(buffer, dtype, shape or buffer.shape).copy()
+
+    def step(
+        self,
+        tokens: int,
+        *,
+        ids: Sequence[int] | None = None,
+        positions: Sequence[int] | None = None,
+        seq_ids: Sequence[int] | None = None,
+        slots: Sequence[int] | None = None,
+        tables: np.ndarray | None = None,
+        sampled: Sequence[int] | None = None,
+        sampling: np.ndarray | None = None,
+    ) -> StepBuffers:
+        """Step buffers of `tokens` rows; what is not given is zero."""
+        rows = list(range(tokens)) if sampled is None else list(sampled)
+        tables = np.zeros((1, 1), np.int32) if tables is None else tables
+        counts = np.array([tokens, len(rows), len(tables), tables.shape[1]], np.uint32)
+
+        def column(values: Sequence[int] | None) -> Buffer:
+            return self.put(np.zeros(tokens, np.int32) if values is None else np.asarray(values, np.int32))
+
+        return StepBuffers(
+            self.put(counts),
+            column(ids),
+            column(positions),
+            column(seq_ids),
+            column(slots),
+            self.put(tables.astype(np.int32)),
+            self.put(np.asarray(rows, np.int32)),
+            self.put(np.zeros(len(rows) * params.size("MSSampling"), np.uint8) if sampling is None else sampling),
+            self.put(np.zeros(len(rows) * params.size("MSSampled"), np.uint8)),
+        )
+
+    def run(self, launches: Sequence[Launch], max_tokens: int, max_sampled: int | None = None) -> None:
+        plan = self.device.create_plan(list(launches), max_tokens, max_sampled or max_tokens)
+        try:
+            plan.wait(plan.run(1))
+        finally:
+            plan.close()
+
+    def pack(self, weight: np.ndarray, *, bits: int, group_size: int, dtype: int, n: int, k: int, **pointers: np.ndarray) -> PackedWeight:
+        """`weight` (uint32 words, or dense elements as stored) as panels; pointers: scales and biases."""
+        nbytes = self.device.weight_bytes(n, k, bits, group_size, dtype)
+        owner = self.device.create_buffer(nbytes)
+        fmt = params.MS_WEIGHT_DENSE if bits >= 16 else params.MS_WEIGHT_AFFINE
+        arrays = {name: np.ascontiguousarray(a) for name, a in pointers.items()}
+        weight = np.ascontiguousarray(weight)
+        self.device.pack_weight(
+            owner,
+            0,
+            format=fmt,
+            n=n,
+            k=k,
+            bits=bits,
+            group_size=group_size,
+            dtype=dtype,
+            data=weight.ctypes.data,
+            **{name: a.ctypes.data for name, a in arrays.items()},
+        )
+        return PackedWeight(Buffer(owner.handle, 0, (nbytes,), "uint8"), n, k, bits, group_size, dtype)

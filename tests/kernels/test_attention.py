@@ -1,0 +1,139 @@
+"""attention and kv_write: paged, ragged, windowed, against softmax over the plain keys and values in float32."""
+import mlx.core as mx
+import numpy as np
+import pytest
+from harness import Harness
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from metalstep.kernels import attention, kv_write, params, row_program
+from metalstep.kernels.program import Program
+
+TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}  # of the largest value: the cache's own rounding
+CODES = {"float32": params.MS_FLOAT32, "float16": params.MS_FLOAT16, "bfloat16": params.MS_BFLOAT16}
+BLOCK = 16
+
+
+class Cache:
+    """Sequences of random keys and values, written through kv_write into shuffled blocks of poisoned planes."""
+
+    def __init__(self, h, rng, lengths, kv_heads, head_dim, dtype, block=BLOCK):
+        self.h, self.lengths, self.heads, self.dim, self.dtype, self.block = h, lengths, kv_heads, head_dim, dtype, block
+        counts = [-(-n // block) for n in lengths]
+        order, self.tables = iter(rng.permutation(sum(counts) + 1)), np.zeros((len(lengths), max(counts)), np.int32)
+        for row, count in zip(self.tables, counts, strict=True):
+            row[:count] = [next(order) for _ in range(count)]
+        blocks = sum(counts) + 1
+        bits = np.uint32 if dtype == "float32" else np.uint16
+        poison = np.full((blocks, kv_heads, head_dim, block), 0xFFFF if bits is np.uint16 else 0xFFFFFFFF, bits)
+        self.k_plane, self.v_plane = h.put(poison, dtype), h.put(poison, dtype)
+        self.keys = [rng.standard_normal((kv_heads, n, head_dim)).astype(np.float32) for n in lengths]
+        self.values = [rng.standard_normal((kv_heads, n, head_dim)).astype(np.float32) for n in lengths]
+        for s, n in enumerate(lengths):
+            self.write(s, range(n))
+
+    def slot(self, s, position):
+        return int(self.tables[s, position // self.block]) * self.block + position % self.block
+
+    def write(self, s, positions):
+        width = self.heads * self.dim
+        k, v = (np.stack([a[s][:, p].reshape(-1) for p in positions]) for a in (self.keys, self.values))
+        program, first = Program(), params.MS_SLOT_FIRST
+        regs = [program.load(first + i, width, rows=params.MS_ROW_SELF, row_stride=width) for i in range(2)]
+        kv_write.emit(program, *regs, first + 2, first + 3, self.heads, self.block, CODES[self.dtype])
+        step = self.h.step(len(k), slots=[self.slot(s, p) for p in positions])
+        buffers = [self.h.put(k), self.h.put(v), self.k_plane, self.v_plane]
+        self.h.run(row_program.launches(program, step, buffers, params.MS_ROWS_TOKENS, len(k)), len(k))
+
+    def attend(self, q, rows, **options):
+        """q [rows, q_heads, dim] for rows (sequence, position)."""
+        step = self.h.step(
+            len(rows), seq_ids=[s for s, _ in rows], positions=[p for _, p in rows], tables=self.tables
+        )
+        out = self.h.empty(q.shape)
+        launches = attention.launches(
+            self.h.put(q.reshape(len(rows), -1)), 0, q[0].size, self.k_plane, self.v_plane, out, step,
+            num_q_heads=q.shape[1], num_kv_heads=self.heads, head_dim=self.dim, value_dim=self.dim,
+            block_size=self.block, kv_dtype=CODES[self.dtype], scale=self.dim**-0.5, max_rows=len(rows), **options,
+        )  # fmt: skip
+        self.h.run(launches, len(rows))
+        return self.h.get(out)
+
+    def expected(self, q, rows, window=0, softcap=0.0, sinks=None):
+        return np.stack(
+            [
+                np.array(
+                    attention.reference(
+                        mx.array(row), mx.array(self.keys[s]), mx.array(self.values[s]), p, self.dim**-0.5, window, softcap,
+                        None if sinks is None else mx.array(sinks),
+                    )
+                )
+                for row, (s, p) in zip(q, rows, strict=True)
+            ]
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128, 256])
+def test_ragged_rows_agree_with_the_reference(dtype, dim):
+    """Decodes and a prefill chunk in one launch, contexts on both sides of a block and of a chunk."""
+    rng = np.random.default_rng(dim)
+    with Harness() as h:
+        cache = Cache(h, rng, [1, 17, 300], 2, dim, dtype)
+        rows = [(0, 0), (1, 16), (1, 3), (2, 299), (2, 128), (2, 127)]
+        q = rng.standard_normal((len(rows), 6, dim)).astype(np.float32)
+        error = np.abs(cache.attend(q, rows) - cache.expected(q, rows)).max()
+    assert error < TOLERANCE[dtype] * 4
+
+
+@given(
+    group=st.integers(1, 9),
+    heads=st.integers(1, 3),
+    length=st.integers(1, 600),
+    window=st.sampled_from([0, 1, 5, 16, 100]),
+    softcap=st.sampled_from([0.0, 0.7]),
+    sinks=st.booleans(),
+    block=st.sampled_from([16, 32]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=40, deadline=None)
+def test_heads_windows_caps_and_sinks_agree_with_the_reference(group, heads, length, window, softcap, sinks, block, seed):
+    rng = np.random.default_rng(seed)
+    with Harness() as h:
+        cache = Cache(h, rng, [length], heads, 64, "float32", block)
+        rows = [(0, length - 1), (0, int(rng.integers(length)))]
+        q = rng.standard_normal((2, group * heads, 64)).astype(np.float32)
+        logits = rng.standard_normal(group * heads).astype(np.float32) if sinks else None
+        given_sinks = None if logits is None else h.put(logits)
+        got = cache.attend(q, rows, window=window, softcap=softcap, sinks=given_sinks)
+        want = cache.expected(q, rows, window, softcap, logits)
+    np.testing.assert_allclose(got, want, atol=5e-6)
+
+
+@given(threads=st.integers(1, 3), seed=st.integers(0, 1000))
+@settings(max_examples=10, deadline=None)
+def test_a_row_is_the_same_bits_alone_and_in_any_batch(threads, seed):
+    rng = np.random.default_rng(seed)
+    with Harness(threads) as h:
+        cache = Cache(h, rng, [int(n) for n in rng.integers(1, 400, 4)], 3, 64, "float16")
+        rows = [(s, int(rng.integers(n))) for s, n in enumerate(cache.lengths) for _ in range(3)]
+        q = rng.standard_normal((len(rows), 9, 64)).astype(np.float32)
+        together = cache.attend(q, rows)
+        alone = np.concatenate([cache.attend(q[i : i + 1], rows[i : i + 1]) for i in range(len(rows))])
+    np.testing.assert_array_equal(together, alone)
+
+
+def test_a_negative_slot_is_not_written():
+    with Harness() as h:
+        cache = Cache(h, np.random.default_rng(0), [3], 1, 32, "float32")
+        before = h.get(cache.k_plane, np.uint32).copy()
+        cache.slot = lambda s, p: -1
+        cache.write(0, range(3))
+        np.testing.assert_array_equal(h.get(cache.k_plane, np.uint32), before)
+
+
+def test_head_counts_that_do_not_divide_are_refused():
+    with Harness() as h:
+        cache = Cache(h, np.random.default_rng(0), [3], 2, 32, "float32")
+        with pytest.raises(ValueError, match="num_q_heads"):
+            cache.attend(np.zeros((1, 3, 32), np.float32), [(0, 0)])
