@@ -97,7 +97,12 @@ FAMILIES: dict[str, Family] = {
         "phi3",
         dict(
             partial_rotary_factor=0.5,
-            rope_scaling=dict(type="su", short_factor=[1.0] * 4, long_factor=[1.0 + 0.2 * i for i in range(4)]),
+            rope_scaling=dict(
+                type="su",
+                short_factor=[1.0] * 4,
+                long_factor=[1.0 + 0.2 * i for i in range(4)],
+                original_max_position_embeddings=16,
+            ),
             original_max_position_embeddings=16,
         ),
     ),

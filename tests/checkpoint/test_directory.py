@@ -202,7 +202,7 @@ def index(path, mapping):
         (lambda path: (path / "config.json").write_text("{"), "config.json: cannot be read"),
         (lambda path: (path / "config.json").write_bytes(b"\xff\xfe"), "config.json: cannot be read"),
         (lambda path: (path / "config.json").write_text("[1]"), "config.json: "),
-        (lambda path: (path / "model-00002-of-00002.safetensors").unlink(), "00002-of-00002.safetensors, which the index names, is missing"),
+        (lambda path: (path / "model-00002-of-00002.safetensors").unlink(), "00002-of-00002.safetensors, which the index names"),
         (lambda path: (path / "model-00002-of-00002.safetensors").write_bytes(b""), "the file is empty"),
         (lambda path: index(path, [1]), "no weight_map"),
         (lambda path: index(path, {"weight_map": {}}), "no weight_map"),

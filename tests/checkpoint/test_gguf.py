@@ -179,6 +179,14 @@ def test_misaligned_tensors_are_read(tmp_path):
             odd.tensors[name].drop_pages()
 
 
+def test_scales_inside_blocks_have_no_address(tmp_path):
+    with open_checkpoint(write(tmp_path, llama_gguf())) as checkpoint:
+        scales = checkpoint.tensors["model.embed_tokens.scales"]
+        assert scales.shape == scales.numpy().shape == (checkpoint.config["vocab_size"], HIDDEN // 32)
+        with pytest.raises(CheckpointError, match=r"inside the blocks of model\.embed_tokens\.weight .*use that tensor's, or numpy"):
+            scales.address()
+
+
 def test_a_closed_checkpoint_refuses_to_be_read(tmp_path):
     checkpoint = open_checkpoint(write(tmp_path, llama_gguf()))
     weight = checkpoint.tensors["model.norm.weight"]

@@ -121,6 +121,18 @@ def test_whole_words_ignore_merges_in_llama_bpe(tmp_path):
     assert len(tokenizer(tmp_path, tokenizer__ggml__pre="gpt-2", **words).encode("zzz")) == 3
 
 
+def test_thinking_markers_are_found_in_the_vocabulary(tmp_path):
+    tokens = [*TOKENS[:-2], "<think>", "</think>"]
+    wrapped = tokenizer(tmp_path, tokenizer__ggml__tokens=tokens, tokenizer__ggml__merges=MERGES[:1])
+    assert (wrapped.think_start, wrapped.think_end) == ("<think>", "</think>")
+    assert wrapped.get_vocab() == {token: index for index, token in enumerate(tokens)}
+
+
+def test_a_special_token_that_transformers_cannot_take_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="transformers cannot make the tokenizer"):
+        tokenizer(tmp_path, {"eos_token": 3})
+
+
 def test_overrides_replace_the_files_own(tmp_path):
     wrapped = tokenizer(tmp_path, {"chat_template": TEMPLATE, "eos_token": "<|endoftext|>"})
     assert wrapped.chat_template == TEMPLATE
