@@ -6,7 +6,7 @@ struct BufferTable {
   subscript(id: Int32) -> (any DeviceBuffer)? { buffers[id] }
 
   mutating func insert(_ buffer: any DeviceBuffer) throws(LaunchError) -> Int32 {
-    guard next < Int32.max else { throw .memory("buffer: this device has given out all of its buffer ids; open it again") }
+    guard next < Int32.max else { throw .memory("buffer: the device has used up its buffer ids; open it again") }
     defer { next += 1 }
     buffers[next] = buffer
     return next

@@ -2,14 +2,16 @@ import CMetalStep
 
 /// A kind of device behind the C ABI: host (C kernels on a thread pool), metal, cuda.
 ///
-/// `OpenDevice` stands between the ABI and a device: it owns the table of buffer ids and checks whatever does not depend
-/// on the kind (ids, offsets, ranges, closed devices). A device therefore never sees an id, and only valid ranges.
+/// `OpenDevice` stands between the ABI and a device: it owns the table of buffer ids and checks whatever does not
+/// depend on the kind (ids, offsets, ranges, closed devices). A device therefore never sees a buffer id, and only valid
+/// ranges.
 /// Any method may be called from any thread, several at a time; `close` is called once and nothing after it.
 protocol Device: AnyObject {
   /// Fixed when the device is opened.
   var info: MSDeviceInfo { get }
 
-  /// Zeroed memory that the host can write, at least 64-byte aligned. `bytes` may be 0: nothing can be bound to such a buffer.
+  /// Zeroed memory that the host can write, at least 64-byte aligned. `bytes` may be 0: a launch cannot bind such a
+  /// buffer.
   ///
   /// - Throws: `LaunchError.memory`.
   func makeBuffer(bytes: Int) throws(LaunchError) -> any DeviceBuffer
@@ -34,8 +36,8 @@ protocol Device: AnyObject {
   ///   failed run, once; `LaunchError.argument` for a ticket that was never given out.
   func wait(for ticket: UInt64, timeout: Int64?) throws(LaunchError)
 
-  /// Writes the weight in this device's layout. `buffer` is this device's and has `ms_panel_bytes` bytes from `offset` on,
-  /// which is a multiple of 64.
+  /// Writes the weight in this device's layout. `buffer` is this device's and has `ms_panel_bytes` bytes from `offset`
+  /// on, which is a multiple of 64.
   func pack(_ source: MSWeightSource, into buffer: any DeviceBuffer, offset: Int) throws(LaunchError)
 
   /// Lets a run in progress finish, drops queued ones (their waiters get an error), and frees threads and queues.
@@ -53,6 +55,6 @@ protocol DevicePlan: AnyObject {
   /// Queues `steps` runs (1 or more) and returns at once. Tickets of one device finish in order, counted from 1.
   func run(steps: Int) throws(LaunchError) -> UInt64
 
-  /// Runs one step and writes each launch's wall time in nanoseconds. `times` has as many elements as the plan has launches.
+  /// Runs one step and writes each launch's wall time in nanoseconds to `times`, one element per launch.
   func profile(into times: UnsafeMutablePointer<UInt64>) throws(LaunchError)
 }

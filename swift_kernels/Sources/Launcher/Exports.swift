@@ -1,7 +1,7 @@
 import CMetalStep
 
-// The C ABI (metal/metalstep.h, which documents it) and nothing else: each body calls one method and turns what it throws
-// into a status and a text.
+// The C ABI (metal/metalstep.h, which documents it) and nothing else: each body calls one method and turns what it
+// throws into a status and a text.
 
 @_cdecl("ms_abi_version")
 public func abiVersion() -> Int32 { Int32(MS_ABI_VERSION) }
@@ -25,7 +25,9 @@ public func deviceInfo(_ device: UnsafeMutableRawPointer?, _ info: UnsafeMutable
 }
 
 @_cdecl("ms_buffer_create")
-public func bufferCreate(_ device: UnsafeMutableRawPointer?, _ bytes: UInt64, _ buffer: UnsafeMutablePointer<Int32>?) -> Int32 {
+public func bufferCreate(
+  _ device: UnsafeMutableRawPointer?, _ bytes: UInt64, _ buffer: UnsafeMutablePointer<Int32>?
+) -> Int32 {
   LaunchError.status { () throws(LaunchError) in try OpenDevice.find(device).createBuffer(bytes: bytes, id: buffer) }
 }
 
@@ -59,8 +61,8 @@ public func planCreate(
 ) -> Int32 {
   LaunchError.status { () throws(LaunchError) in
     try OpenDevice.find(device).createPlan(
-      launches: launches, launchCount, binds: binds, bindCount, constants: constants, constantBytes, maxTokens: maxTokens,
-      maxSampled: maxSampled, handle: plan)
+      launches: launches, launchCount, binds: binds, bindCount, constants: constants, constantBytes,
+      maxTokens: maxTokens, maxSampled: maxSampled, handle: plan)
   }
 }
 
@@ -68,7 +70,9 @@ public func planCreate(
 public func planDestroy(_ plan: UnsafeMutableRawPointer?) { OpenPlan.handles.remove(plan) }
 
 @_cdecl("ms_plan_run")
-public func planRun(_ plan: UnsafeMutableRawPointer?, _ steps: UInt32, _ ticket: UnsafeMutablePointer<UInt64>?) -> Int32 {
+public func planRun(
+  _ plan: UnsafeMutableRawPointer?, _ steps: UInt32, _ ticket: UnsafeMutablePointer<UInt64>?
+) -> Int32 {
   LaunchError.status { () throws(LaunchError) in try OpenPlan.find(plan).run(steps: steps, ticket: ticket) }
 }
 
@@ -93,5 +97,7 @@ public func weightBytes(_ n: UInt32, _ k: UInt32, _ bits: UInt32, _ groupSize: U
 public func weightPack(
   _ device: UnsafeMutableRawPointer?, _ source: UnsafePointer<MSWeightSource>?, _ buffer: Int32, _ offset: UInt64
 ) -> Int32 {
-  LaunchError.status { () throws(LaunchError) in try OpenDevice.find(device).packWeight(source, into: buffer, offset: offset) }
+  LaunchError.status { () throws(LaunchError) in
+    try OpenDevice.find(device).packWeight(source, into: buffer, offset: offset)
+  }
 }

@@ -1,7 +1,7 @@
 /// The objects that C callers hold, by handle.
 ///
-/// A handle is a number, not an address: slot, generation and kind. A stale handle, one of another kind or a wild one is
-/// found out by comparing numbers, so no memory is read on a caller's word.
+/// A handle is a number, not an address: slot, generation and kind. A stale handle, one of another kind or a wild one
+/// is found out by comparing numbers, so no memory is read on a caller's word.
 final class HandleTable<Object: AnyObject> {
   private struct Slot {
     var object: Object?

@@ -76,7 +76,8 @@ final class HostDevice: Device {
   /// - Parameter launch: its number in the plan, for the message.
   func kernel(_ id: Int32, launch: Int) throws(LaunchError) -> HostKernel {
     guard id >= 0, id < kernels.count else {
-      throw .argument("plan: launch \(launch) names kernel \(id); ms_kernel_find gives ids from 0 to \(kernels.count - 1)")
+      throw .argument(
+        "plan: launch \(launch) names kernel \(id); ms_kernel_find gives ids from 0 to \(kernels.count - 1)")
     }
     return kernels[Int(id)]
   }

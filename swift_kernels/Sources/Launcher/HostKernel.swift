@@ -2,9 +2,11 @@ import CKernels
 
 /// A kernel of the host device, resolved for this machine's instruction set.
 struct HostKernel {
-  typealias Prepare = @convention(c) (
-    UnsafeRawPointer?, UInt32, UInt32, UInt32, UInt32, Int32, UnsafeMutablePointer<ms_scratch>?, UnsafeMutablePointer<CChar>?
-  ) -> UnsafePointer<CChar>?
+  typealias Prepare =
+    @convention(c) (
+      UnsafeRawPointer?, UInt32, UInt32, UInt32, UInt32, Int32, UnsafeMutablePointer<ms_scratch>?,
+      UnsafeMutablePointer<CChar>?
+    ) -> UnsafePointer<CChar>?
 
   let name: String
   let function: ms_host_function
@@ -15,7 +17,8 @@ struct HostKernel {
     var kernels: [HostKernel] = []
     for id in 0..<ms_host_kernel_count() {
       guard let entry = ms_host_kernel_at(id)?.pointee, let name = entry.name, let prepare = entry.prepare,
-        let function = [entry.function.0, entry.function.1, entry.function.2, entry.function.3][Int(isa)] ?? entry.function.0
+        let function = [entry.function.0, entry.function.1, entry.function.2, entry.function.3][Int(isa)]
+          ?? entry.function.0
       else { throw .device("host: kernel \(id) is not complete; the library was not built as a whole") }
       kernels.append(HostKernel(name: String(cString: name), function: function, prepare: prepare))
     }

@@ -32,19 +32,24 @@ final class HostPlan: DevicePlan, TicketQueue.Job {
     for (i, launch) in source.launches.enumerated() {
       let kernel = try device.kernel(launch.kernel, launch: i)
       let constants = base + places[i].constants
-      if launch.const_bytes > 0 { constants.copyMemory(from: source.constants(of: launch).baseAddress!, byteCount: Int(launch.const_bytes)) }
-      let bindings = (base + places[i].bindings).bindMemory(to: UnsafeMutableRawPointer?.self, capacity: Int(launch.binds))
+      if launch.const_bytes > 0 {
+        constants.copyMemory(from: source.constants(of: launch).baseAddress!, byteCount: Int(launch.const_bytes))
+      }
+      let bindings = (base + places[i].bindings).bindMemory(
+        to: UnsafeMutableRawPointer?.self, capacity: Int(launch.binds))
       for (slot, binding) in source.bindings(of: launch).enumerated() { bindings[slot] = binding.address }
       (grids[i * 3], grids[i * 3 + 1], grids[i * 3 + 2]) = launch.grid
 
       let needs: ms_scratch
       do throws(LaunchError) {
         needs = try kernel.scratch(
-          constants: constants, constantBytes: Int(launch.const_bytes), binds: Int(launch.binds), maxTokens: source.maxTokens,
-          maxSampled: source.maxSampled, threads: device.threads)
+          constants: constants, constantBytes: Int(launch.const_bytes), binds: Int(launch.binds),
+          maxTokens: source.maxTokens, maxSampled: source.maxSampled, threads: device.threads)
       } catch { throw .argument("plan: launch \(i) (\(kernel.name)): \(error.text)") }
       guard let ownBytes = Layout.padded(needs.per_thread), let sharedBytes = Layout.padded(needs.shared) else {
-        throw .memory("plan: launch \(i) (\(kernel.name)) needs \(needs.per_thread) bytes of scratch a thread and \(needs.shared) for all")
+        throw .memory(
+          "plan: launch \(i) (\(kernel.name)) asks for \(needs.per_thread) bytes of scratch a thread, \(needs.shared) in common"
+        )
       }
       perThread = max(perThread, ownBytes)
       shared = max(shared, sharedBytes)

@@ -2,7 +2,7 @@
 ///
 /// One job runs at a time, so plans share it too: a plan takes the device's scratch when that is large enough for it.
 final class HostScratch {
-  let perThread: Int  // bytes, a multiple of 128: neighbours must not share a cache line, nor a pair that is fetched together
+  let perThread: Int  // bytes, a multiple of 128: neighbours share no cache line, nor a pair that is fetched together
   let shared: Int  // bytes
   let address: UnsafeMutableRawPointer  // the shared part, then thread 0's, thread 1's, …
 
@@ -12,7 +12,9 @@ final class HostScratch {
     self.shared = shared
     let (all, overflow) = perThread.multipliedReportingOverflow(by: threads)
     let (bytes, overflow2) = all.addingReportingOverflow(shared)
-    guard !overflow, !overflow2 else { throw .memory("plan: scratch of \(shared) bytes and \(perThread) a thread is too large") }
+    guard !overflow, !overflow2 else {
+      throw .memory("plan: scratch of \(shared) bytes and \(perThread) a thread is too large")
+    }
     memory = try HostBuffer(bytes: bytes)
     address = memory.contents
   }

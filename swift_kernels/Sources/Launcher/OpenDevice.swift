@@ -62,7 +62,9 @@ final class OpenDevice {
 
   func createBuffer(bytes: UInt64, id: UnsafeMutablePointer<Int32>?) throws(LaunchError) {
     guard let id else { throw .missing("buffer") }
-    guard let bytes = Int(exactly: bytes) else { throw .memory("buffer: \(bytes) bytes are more than a machine can address") }
+    guard let bytes = Int(exactly: bytes) else {
+      throw .memory("buffer: \(bytes) bytes are more than a machine can address")
+    }
     let buffer = try device.makeBuffer(bytes: bytes)
     id.pointee = try locked { () throws(LaunchError) in try buffers.insert(buffer) }
   }
@@ -123,7 +125,9 @@ final class OpenDevice {
   // MARK: Weights
 
   /// Bytes of the packed form. Throws for a combination that cannot be packed.
-  static func weightBytes(n: UInt32, k: UInt32, bits: UInt32, groupSize: UInt32, dtype: UInt32) throws(LaunchError) -> UInt64 {
+  static func weightBytes(n: UInt32, k: UInt32, bits: UInt32, groupSize: UInt32, dtype: UInt32) throws(LaunchError)
+    -> UInt64
+  {
     let bytes = ms_panel_bytes(n, k, bits, groupSize, dtype)
     guard bytes > 0 else {
       throw .argument(
@@ -153,7 +157,8 @@ final class OpenDevice {
     }
     let (end, overflow) = offset.addingReportingOverflow(bytes)
     guard !overflow, end <= UInt64(buffer.bytes) else {
-      throw .argument("weight: \(bytes) bytes at offset \(offset) do not fit into buffer \(id), which has \(buffer.bytes)")
+      throw .argument(
+        "weight: \(bytes) bytes at offset \(offset) do not fit into buffer \(id), which has \(buffer.bytes)")
     }
     try device.pack(source, into: buffer, offset: Int(offset))
   }

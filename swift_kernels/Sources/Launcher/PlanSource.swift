@@ -1,7 +1,7 @@
 import CMetalStep
 
-/// What a plan is made of, checked for all that does not depend on the device. The pointers are the caller's: valid only
-/// while the plan is made.
+/// What a plan is made of, checked for all that does not depend on the device. The pointers are the caller's: valid
+/// only while the plan is made.
 struct PlanSource {
   struct Binding {
     let buffer: any DeviceBuffer

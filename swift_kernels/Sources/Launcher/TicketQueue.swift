@@ -6,10 +6,11 @@ import Glibc
 
 /// Runs queued jobs in order, one at a time, on whichever thread gets to them first.
 ///
-/// A caller that waits without a limit runs the job itself: a thread of its own would cost two hops (5–10 µs) a step. The
-/// runner thread, started when first needed, takes jobs that no one is about to wait for: when the ticket before has not
-/// been waited for (several are in flight), when a wait has a limit (which running the job could overshoot), and when the
-/// last wait came late (`patience`), so that a caller with other work between run and wait gets its steps done meanwhile.
+/// A caller that waits without a limit runs the job itself: a thread of its own would cost two hops, 10 µs a step. The
+/// runner thread, started when first needed, takes jobs that no one is about to wait for: when the ticket before has
+/// not been waited for (several are in flight), when a wait has a limit (which running the job could overshoot), and
+/// when the last wait came late (`patience`), so that a caller with other work between run and wait gets its steps done
+/// meanwhile.
 final class TicketQueue {
   protocol Job: AnyObject {
     func execute(steps: Int) throws(LaunchError)
