@@ -1,4 +1,6 @@
 """linear: every width and group, dense dtypes, prologue and epilogue, against the dequantised product in float64."""
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -6,13 +8,16 @@ from harness import Harness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metalstep.kernels import elementwise, linear, params, rms_norm
-from metalstep.kernels.linear import Input, Segment
+from metalstep.kernels import elementwise, embedding, linear, params, rms_norm, row_program
+from metalstep.kernels.launch import Buffer
+from metalstep.kernels.linear import Input, PackedWeight, Segment
 from metalstep.kernels.program import Program
 
-# Activations have 15 bits and a sign under a scale per group: half a step of rounding per element, relative to the group's maximum.
+# The fused forms: activations have 15 bits and a sign (or 7) under a scale per group, relative to the largest result.
 TOLERANCE = {"int16": 4e-5, "int8": 1.2e-2}
+LIMIT = {"int16": 32639, "int8": 127}  # the largest integer of an activation
 AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+CODES = {mx.float16: params.MS_FLOAT16, mx.bfloat16: params.MS_BFLOAT16, mx.float32: params.MS_FLOAT32}
 
 
 def affine(rng, n, k, bits, group, dtype=mx.float16):
@@ -25,9 +30,12 @@ def affine(rng, n, k, bits, group, dtype=mx.float16):
     return [np.array(words), np.array(scales.view(view)), np.array(biases.view(view))], exact
 
 
-CODES = {mx.float16: params.MS_FLOAT16, mx.bfloat16: params.MS_BFLOAT16, mx.float32: params.MS_FLOAT32}
-
-
+def rounding_bound(x, exact, group, arithmetic):
+    """What each product may be off by: six standard deviations of activations rounded to their group's step, independently of
+    each other, and the rounding of float32 sums of 2 * k / group terms that cancel at most 128-fold."""
+    steps = np.abs(x).reshape(len(x), -1, group).max(2) / LIMIT[arithmetic]
+    weights = (exact**2).reshape(len(exact), -1, group).sum(2)
+    return 6 * np.sqrt(steps**2 @ weights.T / 12) + 1e-6 * np.abs(x) @ np.abs(exact).T
 
 
 def product(h, x, packed, arithmetic="int16", max_rows=None):
@@ -51,15 +59,102 @@ def relative_error(got, exact):
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_affine_products_agree_with_the_reference(bits, group, dtype, arithmetic):
     rng = np.random.default_rng(bits * group)
-    n, k = 49, 2 * group
+    n, k = 49, 3 * group
     (words, scales, biases), exact = affine(rng, n, k, bits, group, dtype)
-    x = rng.standard_normal((5, k)).astype(np.float32)
+    x = rng.standard_normal((11, k)).astype(np.float32)
     with Harness() as h:
         packed = h.pack(
             words, bits=bits, group_size=group, dtype=CODES[dtype], n=n, k=k, scales=scales, biases=biases
         )
-        got = product(h, x, packed, arithmetic)
-    assert relative_error(got, x @ exact.T) < TOLERANCE[arithmetic]
+        for rows in (1, 4, 11):  # a thread for itself, its limit, all threads together
+            got = product(h, x[:rows], packed, arithmetic)
+            assert (np.abs(got - x[:rows] @ exact.T) <= rounding_bound(x[:rows], exact, group, arithmetic)).all()
+
+
+@pytest.mark.parametrize(("bits", "group"), [*AFFINE, (16, 0), (32, 0)])
+def test_an_embedding_reads_the_rows_that_a_product_multiplies(bits, group):
+    """The head's panels are the embedding's table: every row of it comes back as MLX dequantises it."""
+    rng = np.random.default_rng(bits + group)
+    n, k = 37, 128
+    if group:
+        (words, scales, biases), exact = affine(rng, n, k, bits, group, mx.float16)
+        pointers, dtype = dict(scales=scales, biases=biases), params.MS_FLOAT16
+    else:
+        words, pointers = rng.standard_normal((n, k)).astype(np.float32 if bits == 32 else np.float16), {}
+        exact, dtype = words.astype(np.float64), params.MS_FLOAT32 if bits == 32 else params.MS_FLOAT16
+    ids = [36, 0, 15, 16, 31]
+    with Harness() as h:
+        packed = h.pack(words, bits=bits, group_size=group, dtype=dtype, n=n, k=k, **pointers)
+        program, out = Program(), h.empty((len(ids), k))
+        row = embedding.emit(program, params.MS_SLOT_FIRST, k, n, bits, group, dtype)
+        program.store(row, params.MS_SLOT_FIRST + 1, row_stride=k)
+        step = h.step(len(ids), ids=ids)
+        h.run(row_program.launches(program, step, [packed.buffer, out], params.MS_ROWS_TOKENS, len(ids)), len(ids))
+        np.testing.assert_allclose(h.get(out), exact[ids], rtol=1e-6, atol=1e-6)
+
+
+def gguf_blocks(rng, n, k, kind):
+    """Blocks as a GGUF file has them, uint8 [n, k / 32, bytes], and their values, written as the format's rule reads."""
+    groups = k // 32
+    d = rng.uniform(0.001, 0.1, (n, groups, 1)).astype(np.float16) * rng.choice([-1, 1], (n, groups, 1)).astype(np.float16)
+    d[0, 0] = 6e-8  # the least float16
+    m = rng.standard_normal((n, groups, 1)).astype(np.float16)
+    if kind == "q8_0":
+        q = rng.integers(-128, 128, (n, groups, 32), np.int8)
+        return np.concatenate([d.view(np.uint8), q.view(np.uint8)], 2), d.astype(np.float64) * q
+    q = rng.integers(0, 16, (n, groups, 32), np.uint8)
+    packed = q[..., :16] | q[..., 16:] << 4
+    if kind == "q4_0":
+        return np.concatenate([d.view(np.uint8), packed], 2), d.astype(np.float64) * (q.astype(int) - 8)
+    return np.concatenate([d.view(np.uint8), m.view(np.uint8), packed], 2), d.astype(np.float64) * q + m
+
+
+GGUF = {
+    "q4_0": (params.MS_WEIGHT_GGUF_Q4_0, 4),
+    "q4_1": (params.MS_WEIGHT_GGUF_Q4_1, 4),
+    "q8_0": (params.MS_WEIGHT_GGUF_Q8_0, 8),
+}
+
+
+def pack_gguf(h, blocks, kind, n, k, order=None):
+    fmt, bits = GGUF[kind]
+    nbytes = h.device.weight_bytes(n, k, bits, 32, params.MS_FLOAT16)
+    owner = h.device.create_buffer(nbytes)
+    h.device.pack_weight(
+        owner,
+        0,
+        format=fmt,
+        n=n,
+        k=k,
+        bits=bits,
+        group_size=32,
+        dtype=params.MS_FLOAT16,
+        data=blocks.ctypes.data,
+        row_order=None if order is None else order.ctypes.data,
+    )
+    return PackedWeight(Buffer(owner.handle, 0, (nbytes,), "uint8"), n, k, bits, 32, params.MS_FLOAT16)
+
+
+@pytest.mark.parametrize("kind", GGUF)
+def test_gguf_blocks_are_multiplied_as_the_file_means_them_in_any_row_order(kind):
+    rng = np.random.default_rng(3)
+    n, k = 70, 96
+    blocks, exact = gguf_blocks(rng, n, k, kind)
+    x = rng.standard_normal((3, k)).astype(np.float32)
+    order = rng.permutation(n).astype(np.int32)[:50]
+    with Harness() as h:
+        whole = product(h, x, pack_gguf(h, blocks, kind, n, k))
+        some = product(h, x, pack_gguf(h, blocks, kind, len(order), k, order))
+    assert (np.abs(whole - x @ exact.reshape(n, k).T) <= rounding_bound(x, exact.reshape(n, k), 32, "int16")).all()
+    np.testing.assert_array_equal(some, whole[:, order])
+
+
+@pytest.mark.parametrize(("kind", "scale"), [("q8_0", 512), ("q4_0", 8192), ("q8_0", np.inf), ("q4_0", np.nan)])
+def test_a_block_scale_that_float16_cannot_keep_is_refused(kind, scale):
+    blocks, _ = gguf_blocks(np.random.default_rng(4), 20, 64, kind)
+    blocks[18, 1, :2] = np.array([scale], np.float16).view(np.uint8)
+    with Harness() as h, pytest.raises(ValueError, match=r"row 18 has a block scale d whose bias .* is beyond float16"):
+        pack_gguf(h, blocks, kind, 20, 64)
 
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
@@ -105,6 +200,56 @@ def test_extreme_inputs_stay_finite_and_exact_in_scale(value):
     want = x.astype(np.float64) @ exact.T
     assert np.isfinite(got).all()
     assert np.abs(got - want).max() <= 4e-5 * max(np.abs(want).max(), 1e-38)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (8, 64), (32, 0)])
+def test_an_input_that_is_not_finite_shows_in_its_row_and_in_no_other(bits, group, value):
+    rng = np.random.default_rng(5)
+    n, k = 48, 128
+    x = rng.standard_normal((6, k)).astype(np.float32)
+    with Harness() as h:
+        if group:
+            (words, scales, biases), _ = affine(rng, n, k, bits, group)
+            packed = h.pack(
+                words, bits=bits, group_size=group, dtype=params.MS_FLOAT16, n=n, k=k, scales=scales, biases=biases
+            )
+        else:
+            dense = rng.standard_normal((n, k)).astype(np.float32)
+            packed = h.pack(dense, bits=bits, group_size=0, dtype=params.MS_FLOAT32, n=n, k=k)
+        clean = product(h, x, packed)
+        x[2, 77] = value
+        got = product(h, x, packed)
+    assert not np.isfinite(got[2]).any()
+    np.testing.assert_array_equal(np.delete(got, 2, 0), np.delete(clean, 2, 0))
+
+
+@given(rows=st.integers(1, 150), threads=st.integers(1, 3))
+@settings(max_examples=12, deadline=None)
+def test_segments_of_different_widths_share_a_launch_and_read_sampled_rows(rows, threads):
+    """q, k and v of different n, bits and groups in one launch give what a launch each gives, row by row."""
+    rng = np.random.default_rng(rows)
+    k, tokens = 128, 200
+    x = rng.standard_normal((tokens, k)).astype(np.float32)
+    sampled = rng.integers(0, tokens, rows)
+    with Harness(threads) as h:
+        weights = []
+        for n, bits, group in ((144, 4, 32), (50, 6, 64), (7, 8, 32)):
+            (words, scales, biases), _ = affine(rng, n, k, bits, group)
+            fields = dict(bits=bits, group_size=group, dtype=params.MS_FLOAT16, n=n, k=k, scales=scales, biases=biases)
+            weights.append(h.pack(words, **fields))
+        first = linear.first_buffer_slot([[w] for w in weights])
+        outs, segments = [h.empty((rows, w.n)) for w in weights], []
+        for i, w in enumerate(weights):
+            program = Program(epilogue=True)
+            program.store(program.register(w.n), first + i, row_stride=w.n)
+            segments.append(Segment([w], program))
+        source = Input(h.put(x), 0, k, params.MS_ROW_SAMPLED)
+        step = h.step(tokens, sampled=sampled)
+        launches = linear.launches(source, segments, step, outs, params.MS_ROWS_SAMPLED, rows, "int16")
+        h.run(launches, tokens, rows)
+        for out, w in zip(outs, weights, strict=True):
+            np.testing.assert_array_equal(h.get(out), product(h, x[sampled], w))
 
 
 def test_two_weights_meet_in_the_epilogue_behind_a_norm():
@@ -157,3 +302,69 @@ def test_weights_of_other_inputs_are_refused():
             linear.launches(Input(h.empty((1, 8)), 0, 8), segments, h.step(1), [], 0, 1, "int16")
         with pytest.raises(ValueError, match="arithmetic 'int4' is unknown"):
             linear.launches(Input(h.empty((1, 8)), 0, 8), segments[:1], h.step(1), [], 0, 1, "int4")
+
+
+def test_a_prologue_that_writes_is_refused():
+    """Every thread runs the prologue: a store in it would race."""
+    with Harness() as h:
+        w = h.pack(np.zeros((16, 8), np.float32), bits=32, group_size=0, dtype=params.MS_FLOAT32, n=16, k=8)
+        first = linear.first_buffer_slot([[w]])
+        prologue, epilogue = Program(), Program(epilogue=True)
+        row = prologue.load(first, 8, rows=params.MS_ROW_SELF, row_stride=8)
+        prologue.store(row, first, row_stride=8)
+        epilogue.store(epilogue.register(16), first + 1, row_stride=16)
+        source, segments = Input(None, prologue=prologue, result=row), [Segment([w], epilogue)]
+        buffers = [h.empty((1, 8)), h.empty((1, 16))]
+        with pytest.raises(ValueError, match="instruction 1 of the prologue writes a buffer"):
+            h.run(linear.launches(source, segments, h.step(1), buffers, 0, 1, "int16"), 1)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "dtype", "k"),
+    [
+        (7, 32, params.MS_FLOAT16, 64),
+        (4, 16, params.MS_FLOAT16, 64),
+        (4, 64, params.MS_FLOAT16, 96),
+        (4, 32, params.MS_INT32, 64),
+        (16, 0, params.MS_FLOAT32, 64),
+    ],
+)
+def test_a_weight_that_no_kernel_multiplies_is_refused(bits, group, dtype, k):
+    with Harness() as h, pytest.raises(ValueError, match=rf"k={k}, bits={bits}, group_size={group}.* cannot be packed"):
+        h.pack(np.zeros((16, k), np.float32), bits=bits, group_size=group, dtype=dtype, n=16, k=k)
+
+
+# Word of the constants of a launch with one part and one segment, what is written there, and the refusal.
+DAMAGE = {
+    "rows": (0, 2, "rows is 2, not an ms_rows"),
+    "k": (1, 96, "k is not a multiple of the group size"),
+    "no parts": (2, 0, "0 parts and 1 segments"),
+    "more parts": (2, 1 << 30, "do not hold"),
+    "prologue": (4, 3, "the prologue has 3 instructions"),
+    "x's slot": (7, 99, "x is in slot 99 of"),
+    "arithmetic": (11, 2, "arithmetic is 2, not an ms_arithmetic"),
+    "weight's slot": (12, 99, "part 0 is in slot 99 of"),
+    "bits": (14, 9, "bits are not"),
+    "segment's parts": (17, 1, "segment 0 has parts"),
+    "segment's instructions": (20, 2, "segment 0 has instructions"),
+    "registers": (21, 0, "segment 0 has 0 registers for the products of 1 parts"),
+    "many registers": (21, 1 << 20, "at most 4096 are supported"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_constants_that_do_not_fit_are_refused_when_the_plan_is_made(name):
+    word, value, why = DAMAGE[name]
+    rng = np.random.default_rng(6)
+    (words, scales, biases), _ = affine(rng, 16, 128, 4, 64)
+    fields = dict(bits=4, group_size=64, dtype=params.MS_FLOAT16, n=16, k=128, scales=scales, biases=biases)
+    with Harness() as h:
+        w = h.pack(words, **fields)
+        program = Program(epilogue=True)
+        program.store(program.register(16), linear.first_buffer_slot([[w]]), row_stride=16)
+        source, out = Input(h.empty((1, 128)), 0, 128), h.empty((1, 16))
+        [launch] = linear.launches(source, [Segment([w], program)], h.step(1), [out], 0, 1, "int16")
+        constants = np.frombuffer(launch.constants, np.uint32).copy()
+        constants[word] = value
+        with pytest.raises(ValueError, match=why):
+            h.run([replace(launch, constants=constants.tobytes())], 1)

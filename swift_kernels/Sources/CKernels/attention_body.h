@@ -26,11 +26,12 @@ MS_VEC int32_t MS_NAME(row_begin)(const MS_NAME(attention) * a, int32_t end) {
   return a->p->window > 0 && (uint32_t)end > a->p->window ? end - (int32_t)a->p->window : 0;
 }
 
-// The smallest split of which a context needs fewer than MS_ATTN_SPLITS, one boundary more than its length asks for included.
 MS_VEC uint32_t MS_NAME(split_size)(int32_t lo, int32_t hi) {
-  uint32_t size = MS_ATTN_CHUNK;
-  while ((uint64_t)size * (MS_ATTN_SPLITS - 2) < (uint64_t)(hi - lo)) size *= 2;
-  return size;
+  const uint64_t length = (uint64_t)(hi - lo);
+  uint64_t size = MS_ATTN_LEAST_SPLIT;
+  while (size < MS_ATTN_CHUNK && size * 8 < length) size *= 2;
+  while (size * (MS_ATTN_SPLITS - 2) < length) size *= 2;  // one boundary more than the length asks for may lie inside
+  return (uint32_t)size;
 }
 
 // The tile that starts at `row`; rows from `end` on are not its own.
@@ -62,18 +63,23 @@ MS_VEC uint64_t MS_NAME(split_cost)(const MS_NAME(attention) * a, const MS_NAME(
   MS_NAME(split_range)(s, split, &lo, &hi);
   return ((uint64_t)(hi - lo) + 16) * (s->rows * (a->p->num_q_heads / a->p->num_kv_heads) + 6);
 }
+MS_VEC uint64_t MS_NAME(span_cost)(const MS_NAME(attention) * a, const MS_NAME(attention_span) * s) {
+  uint64_t cost = 0;
+  for (uint32_t i = 0; i < s->splits; ++i) cost += MS_NAME(split_cost)(a, s, i);
+  return cost;
+}
 
 MS_VEC MS_NAME(attention_part) MS_NAME(part_at)(const MSAttentionParams *p, float *memory) {
-  const size_t queries = ms_attention_queries(p), padded = (queries + 15) / 16 * 16;
+  const size_t queries = p->num_kv_heads * ms_attention_queries(p), padded = (queries + 15) / 16 * 16;
   float *max = memory + queries * p->value_dim;
   return (MS_NAME(attention_part)){memory, max, max + padded};
 }
 
-// Scores of query j at positions [lo, hi) of a chunk become weights e^(score - max); values and sum follow a new maximum.
-static void MS_NAME(soften)(const MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part, uint32_t j, uint32_t chunk, uint32_t lo,
-                            uint32_t hi) {
-  float *scores = t->scores + (size_t)j * MS_ATTN_CHUNK;
-  const float softcap = t->p->softcap, old = part->max[j];
+// Scores [MS_ATTN_CHUNK] of query j at positions [lo, hi) of a chunk become weights e^(score - max); the query's values and sum
+// follow a new maximum.
+static void MS_NAME(soften)(const MSAttentionParams *p, float *scores, const MS_NAME(attention_part) * part, uint32_t j,
+                            uint32_t chunk, uint32_t lo, uint32_t hi) {
+  const float softcap = p->softcap, old = part->max[j];
   const uint32_t begin = (lo & ~15u) - chunk, end = hi - chunk;
   f32x16 most = vsplat(old);
   for (uint32_t i = begin; i < end; i += 16) {
@@ -92,9 +98,9 @@ static void MS_NAME(soften)(const MS_NAME(attention_tile) * t, const MS_NAME(att
     sum += w;
   }
   const float keep = vexp(vsplat(old - max))[0];
-  float *values = part->values + (size_t)j * t->p->value_dim;
+  float *values = part->values + (size_t)j * p->value_dim;
   if (keep != 1.0f) {
-    for (uint32_t e = 0; e < t->p->value_dim; e += 16) vstore(values + e, vload(values + e) * keep);
+    for (uint32_t e = 0; e < p->value_dim; e += 16) vstore(values + e, vload(values + e) * keep);
   }
   part->max[j] = max;
   part->sum[j] = part->sum[j] * keep + vsum(sum);
@@ -104,9 +110,9 @@ MS_VEC uint32_t MS_NAME(clip)(int32_t x, uint32_t lo, uint32_t hi) {
   return x < (int64_t)lo ? lo : x > (int64_t)hi ? hi : (uint32_t)x;
 }
 
-// values += weights of a chunk [lo, hi): positions that all rows of some queries see together, others row by row. Each query's
-// positions come in ascending order either way.
-static void MS_NAME(weigh_all)(const MS_NAME(attention_tile) * t, float *values, uint32_t chunk, uint32_t lo, uint32_t hi) {
+// values of a kv head's queries += weights of a chunk's [lo, hi): positions that all rows of some queries see together, others
+// row by row. Each query's positions come in ascending order either way.
+static void MS_NAME(weigh_head)(const MS_NAME(attention_tile) * t, float *values, uint32_t chunk, uint32_t lo, uint32_t hi) {
   const uint32_t queries = t->rows * t->group;
   for (uint32_t j = 0, nr; j < queries; j += nr) {
     nr = MS_NAME(tile_width)(queries - j);
@@ -115,42 +121,80 @@ static void MS_NAME(weigh_all)(const MS_NAME(attention_tile) * t, float *values,
     if (from >= to) from = to = hi;  // nothing in common
     for (uint32_t i = j; i < j + nr; ++i) {
       const uint32_t begin = MS_NAME(clip)(t->lo[i / t->group], lo, from), end = MS_NAME(clip)(t->hi[i / t->group], lo, from);
-      if (begin < end) MS_NAME(weigh_one)(t, values, i, chunk, begin, end, 1);
+      if (begin < end) MS_NAME(weigh_queries)(t, values, i, chunk, begin, end, 1);
     }
-    if (from < to) MS_NAME(weigh_one)(t, values, j, chunk, from, to, nr);
+    if (from < to) MS_NAME(weigh_queries)(t, values, j, chunk, from, to, nr);
     for (uint32_t i = j; i < j + nr; ++i) {
       const uint32_t end = MS_NAME(clip)(t->hi[i / t->group], to, hi);
-      if (to < end) MS_NAME(weigh_one)(t, values, i, chunk, to, end, 1);
+      if (to < end) MS_NAME(weigh_queries)(t, values, i, chunk, to, end, 1);
     }
   }
 }
 
-// One split of a tile, from nothing.
-static void MS_NAME(attend_split)(const MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part, int32_t lo, int32_t hi) {
-  const uint32_t queries = t->rows * t->group;
+MS_VEC void MS_NAME(set_head)(MS_NAME(attention_tile) * t, uint32_t head, uint32_t first_head) {
+  const size_t queries = t->rows * t->group;
+  t->kv_head = head;
+  t->queries = t->all_queries + head * queries * t->p->head_dim;
+  t->scores = t->all_scores + (head - first_head) * queries * MS_ATTN_CHUNK;
+}
+
+// Positions [lo, hi) of one chunk for some kv heads, `stride` positions of one head before those of the next.
+static void MS_NAME(attend_chunk)(MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part, uint32_t chunk, uint32_t lo,
+                                  uint32_t hi, uint32_t first_head, uint32_t end_head, uint32_t stride) {
+  const uint32_t queries = t->rows * t->group, dtype = t->p->kv_dtype;
+  for (uint32_t at = lo & ~15u; at < hi; at += stride) {
+    const uint32_t end = hi - at < stride ? hi : at + stride;
+    for (uint32_t head = first_head; head < end_head; ++head) {
+      MS_NAME(set_head)(t, head, first_head);
+      if (dtype == MS_FLOAT16) {
+        MS_NAME(score_head)(t, chunk, at, end, MS_FLOAT16);
+      } else if (dtype == MS_BFLOAT16) {
+        MS_NAME(score_head)(t, chunk, at, end, MS_BFLOAT16);
+      } else {
+        MS_NAME(score_head)(t, chunk, at, end, MS_FLOAT32);
+      }
+    }
+  }
+  for (uint32_t head = first_head; head < end_head; ++head) {
+    MS_NAME(set_head)(t, head, first_head);
+    for (uint32_t j = 0; j < queries; ++j) {
+      const uint32_t from = MS_NAME(clip)(t->lo[j / t->group], lo, hi), to = MS_NAME(clip)(t->hi[j / t->group], lo, hi);
+      if (from < to) MS_NAME(soften)(t->p, t->scores + (size_t)j * MS_ATTN_CHUNK, part, head * queries + j, chunk, from, to);
+    }
+  }
+  for (uint32_t at = lo; at < hi;) {
+    const uint32_t end = hi - at < stride ? hi : (at & ~15u) + stride;
+    for (uint32_t head = first_head; head < end_head; ++head) {
+      MS_NAME(set_head)(t, head, first_head);
+      MS_NAME(weigh_head)(t, part->values + (size_t)head * queries * t->p->value_dim, chunk, at, end);
+    }
+    at = end;
+  }
+}
+
+// One split of a tile, from nothing. A single row takes its kv heads together, since their keys lie side by side in memory; for
+// several, a head's scores fill the cache.
+static void MS_NAME(attend_split)(MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part, int32_t lo, int32_t hi) {
+  const uint32_t heads = t->p->num_kv_heads, queries = heads * t->rows * t->group;
   memset(part->values, 0, (size_t)queries * t->p->value_dim * sizeof(float));
   for (uint32_t j = 0; j < queries; ++j) part->max[j] = -__FLT_MAX__, part->sum[j] = 0;
   for (uint32_t chunk = (uint32_t)lo / MS_ATTN_CHUNK * MS_ATTN_CHUNK; chunk < (uint32_t)hi; chunk += MS_ATTN_CHUNK) {
     const uint32_t begin = MS_NAME(clip)(lo, chunk, chunk + MS_ATTN_CHUNK);
     const uint32_t end = MS_NAME(clip)(hi, chunk, chunk + MS_ATTN_CHUNK);
-    switch (t->p->kv_dtype) {
-      case MS_FLOAT32: MS_NAME(score_all)(t, chunk, begin & ~15u, end, MS_FLOAT32); break;
-      case MS_FLOAT16: MS_NAME(score_all)(t, chunk, begin & ~15u, end, MS_FLOAT16); break;
-      default: MS_NAME(score_all)(t, chunk, begin & ~15u, end, MS_BFLOAT16); break;
+    if (t->rows == 1) {
+      MS_NAME(attend_chunk)(t, part, chunk, begin, end, 0, heads, MS_ATTN_STRIDE);
+    } else {
+      for (uint32_t head = 0; head < heads; ++head) {
+        MS_NAME(attend_chunk)(t, part, chunk, begin, end, head, head + 1, MS_ATTN_CHUNK);
+      }
     }
-    for (uint32_t j = 0; j < queries; ++j) {
-      const uint32_t from = MS_NAME(clip)(t->lo[j / t->group], begin, end);
-      const uint32_t to = MS_NAME(clip)(t->hi[j / t->group], begin, end);
-      if (from < to) MS_NAME(soften)(t, part, j, chunk, from, to);
-    }
-    MS_NAME(weigh_all)(t, part->values, chunk, begin, end);
   }
 }
 
 // total becomes the result over its positions and those of `next`, which follow them.
 static void MS_NAME(merge_parts)(const MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * total, const MS_NAME(attention_part) * next) {
-  const uint32_t dim = t->p->value_dim;
-  for (uint32_t j = 0; j < t->rows * t->group; ++j) {
+  const uint32_t dim = t->p->value_dim, queries = t->p->num_kv_heads * t->rows * t->group;
+  for (uint32_t j = 0; j < queries; ++j) {
     float *to = total->values + (size_t)j * dim;
     const float *from = next->values + (size_t)j * dim;
     if (next->max[j] == -__FLT_MAX__ && next->sum[j] == 0.0f) continue;  // the row sees none of these positions
@@ -168,58 +212,58 @@ static void MS_NAME(merge_parts)(const MS_NAME(attention_tile) * t, const MS_NAM
   }
 }
 
-static void MS_NAME(finish_tile)(const MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * total, uint32_t row, const ms_host_args *args) {
+// Divides by the sums, and writes the tile's rows.
+static void MS_NAME(finish_tile)(const MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * total,
+                                 const ms_host_args *args) {
   const MSAttentionParams *p = t->p;
   const float *sinks = args->buffers[MS_ATTN_SINKS];
-  for (uint32_t j = 0; j < t->rows * t->group; ++j) {
-    const uint32_t head = t->kv_head * t->group + j % t->group;
+  const uint32_t queries = t->rows * t->group;
+  for (uint32_t j = 0; j < p->num_kv_heads * queries; ++j) {
+    const uint32_t r = j % queries / t->group, head = j / queries * t->group + j % t->group;
     float keep = 1.0f, sum = total->sum[j];
     if (p->has_sinks) {
       const float max = sinks[head] > total->max[j] ? sinks[head] : total->max[j];
       keep = vexp(vsplat(total->max[j] - max))[0];
       sum = sum * keep + vexp(vsplat(sinks[head] - max))[0];
     }
-    const float scale = t->hi[j / t->group] > 0 ? keep / sum : __builtin_nanf("");
+    const float scale = t->hi[r] > 0 ? keep / sum : __builtin_nanf("");
     const float *from = total->values + (size_t)j * p->value_dim;
-    float *to = (float *)args->buffers[MS_ATTN_OUT] + ((size_t)(row + j / t->group) * p->num_q_heads + head) * p->value_dim;
+    float *to = (float *)args->buffers[MS_ATTN_OUT] + ((size_t)(t->row + r) * p->num_q_heads + head) * p->value_dim;
     for (uint32_t e = 0; e < p->value_dim; e += 16) vstore(to + e, vload(from + e) * scale);
   }
 }
 
-static void MS_NAME(tile_of)(const MS_NAME(attention) * a, const MS_NAME(attention_span) * s, uint32_t kv_head,
-                             const ms_host_args *args, MS_NAME(attention_tile) * t) {
+// A tile with its queries scaled.
+static void MS_NAME(begin_tile)(const MS_NAME(attention) * a, const MS_NAME(attention_span) * s, const ms_host_args *args,
+                                MS_NAME(attention_tile) * t) {
   const MSAttentionParams *p = a->p;
-  const size_t queries = ms_attention_queries(p);
-  t->p = p;
-  t->keys = args->buffers[MS_ATTN_K];
-  t->planes_values = args->buffers[MS_ATTN_V];
-  t->table = s->hi > 0 ? a->tables + (size_t)a->seq_ids[s->row] * a->step->max_blocks : NULL;
-  t->kv_head = kv_head;
-  t->group = p->num_q_heads / p->num_kv_heads;
-  t->block_shift = (uint32_t)__builtin_ctz(p->block_size);
-  t->rows = s->rows;
-  t->queries = args->scratch;
-  t->scores = t->queries + (queries * p->head_dim + 15) / 16 * 16;
+  const uint32_t group = p->num_q_heads / p->num_kv_heads, n = group * p->head_dim;
+  *t = (MS_NAME(attention_tile)){
+      .p = p,
+      .keys = args->buffers[MS_ATTN_K],
+      .values = args->buffers[MS_ATTN_V],
+      .table = s->hi > 0 ? a->tables + (size_t)a->seq_ids[s->row] * a->step->max_blocks : NULL,
+      .block_shift = (uint32_t)__builtin_ctz(p->block_size),
+      .row = s->row,
+      .rows = s->rows,
+      .group = group,
+      .all_queries = args->scratch,
+      .all_scores = (float *)args->scratch + ms_attention_tile_queries(p),
+  };
   for (uint32_t r = 0; r < s->rows; ++r) {
     t->hi[r] = MS_NAME(row_end)(a, s->row + r);
     t->lo[r] = MS_NAME(row_begin)(a, t->hi[r]);
+    const float *q = (const float *)args->buffers[MS_ATTN_Q] + p->q_offset + (size_t)(s->row + r) * p->q_row_stride;
+    for (uint32_t head = 0; head < p->num_kv_heads; ++head, q += n) {
+      float *to = t->all_queries + ((size_t)head * s->rows + r) * n;
+      for (uint32_t i = 0; i < n; ++i) to[i] = q[i] * p->scale;
+    }
   }
 }
 
-static void MS_NAME(scale_queries)(const MS_NAME(attention_tile) * t, uint32_t row, const ms_host_args *args) {
-  const MSAttentionParams *p = t->p;
-  const uint32_t n = t->group * p->head_dim;
-  for (uint32_t r = 0; r < t->rows; ++r) {
-    const float *q = (const float *)args->buffers[MS_ATTN_Q] + p->q_offset + (size_t)(row + r) * p->q_row_stride +
-                     (size_t)t->kv_head * n;
-    float *to = t->queries + (size_t)r * n;
-    for (uint32_t i = 0; i < n; ++i) to[i] = q[i] * p->scale;
-  }
-}
-
-// A tile that this thread has for itself: its splits one after another.
-static void MS_NAME(attend_whole)(const MS_NAME(attention_tile) * t, const MS_NAME(attention_span) * s, const ms_host_args *args) {
-  float *memory = t->scores + ms_attention_queries(t->p) * MS_ATTN_CHUNK;
+// A tile that this thread has for itself.
+static void MS_NAME(attend_whole)(MS_NAME(attention_tile) * t, const MS_NAME(attention_span) * s, const ms_host_args *args) {
+  float *memory = t->all_scores + ms_attention_tile_scores(t->p);
   const MS_NAME(attention_part) total = MS_NAME(part_at)(t->p, memory);
   const MS_NAME(attention_part) next = MS_NAME(part_at)(t->p, memory + ms_attention_part(t->p));
   for (uint32_t i = 0; i < s->splits; ++i) {
@@ -228,43 +272,40 @@ static void MS_NAME(attend_whole)(const MS_NAME(attention_tile) * t, const MS_NA
     MS_NAME(attend_split)(t, i == 0 ? &total : &next, lo, hi);
     if (i > 0) MS_NAME(merge_parts)(t, &total, &next);
   }
-  MS_NAME(finish_tile)(t, &total, s->row, args);
+  MS_NAME(finish_tile)(t, &total, args);
 }
 
-MS_VEC uint32_t MS_NAME(run_end)(const MS_NAME(attention) * a, uint32_t row, uint32_t rows) {
-  uint32_t end = row + 1;
-  while (end < rows && a->seq_ids[end] == a->seq_ids[row]) ++end;
-  return end;
+// Which thread has the piece of work [at, at + cost).
+MS_VEC uint64_t MS_NAME(piece_thread)(uint64_t at, uint64_t cost, uint64_t total, uint64_t threads) {
+  return (at + cost / 2) * threads / total;
 }
 
-// The splits of a tile in pieces that this thread has, into `shared`.
-static void MS_NAME(attend_pieces)(const MS_NAME(attention) * a, const MS_NAME(attention_tile) * t, const MS_NAME(attention_span) * s, float *parts,
-                                   uint64_t before, uint64_t total, const ms_host_args *args) {
-  bool scaled = false;
+// This thread's splits of a tile that several threads share, into parts [split].
+static void MS_NAME(attend_pieces)(const MS_NAME(attention) * a, MS_NAME(attention_tile) * t, const MS_NAME(attention_span) * s,
+                                   float *parts, uint64_t at, uint64_t total, const ms_host_args *args) {
   for (uint32_t i = 0; i < s->splits; ++i) {
-    const bool own = before * (uint64_t)args->threads / total == (uint64_t)args->thread;
-    before += MS_NAME(split_cost)(a, s, i);
-    if (!own) continue;
-    if (!scaled) MS_NAME(scale_queries)(t, s->row, args);
-    scaled = true;
-    const MS_NAME(attention_part) part = MS_NAME(part_at)(a->p, parts + i * ms_attention_part(a->p));
-    int32_t lo, hi;
-    MS_NAME(split_range)(s, i, &lo, &hi);
-    MS_NAME(attend_split)(t, &part, lo, hi);
+    const uint64_t cost = MS_NAME(split_cost)(a, s, i);
+    if (MS_NAME(piece_thread)(at, cost, total, (uint64_t)args->threads) == (uint64_t)args->thread) {
+      const MS_NAME(attention_part) part = MS_NAME(part_at)(a->p, parts + i * ms_attention_part(a->p));
+      int32_t lo, hi;
+      MS_NAME(split_range)(s, i, &lo, &hi);
+      MS_NAME(attend_split)(t, &part, lo, hi);
+    }
+    at += cost;
   }
 }
 
-static void MS_NAME(merge_pieces)(const MS_NAME(attention_tile) * t, const MS_NAME(attention_span) * s, float *parts, const ms_host_args *args) {
+static void MS_NAME(merge_pieces)(const MS_NAME(attention_tile) * t, uint32_t splits, float *parts, const ms_host_args *args) {
   const MS_NAME(attention_part) total = MS_NAME(part_at)(t->p, parts);
-  for (uint32_t i = 1; i < s->splits; ++i) {
+  for (uint32_t i = 1; i < splits; ++i) {
     const MS_NAME(attention_part) next = MS_NAME(part_at)(t->p, parts + i * ms_attention_part(t->p));
     MS_NAME(merge_parts)(t, &total, &next);
   }
-  MS_NAME(finish_tile)(t, &total, s->row, args);
+  MS_NAME(finish_tile)(t, &total, args);
 }
 
-// The launch's splits in order, by sequence, kv head and tile, are cut into one piece of equal cost per thread. A tile inside
-// a piece is its thread's alone. A tile in several pieces (at most threads - 1 are) leaves its splits in `shared` and is merged
+// The launch's splits, tile by tile, are cut into one piece of equal cost per thread. A tile inside a piece is its thread's
+// alone. A tile in several pieces (at most threads - 1 are) leaves its splits in `shared`, and its last thread merges them
 // behind a barrier.
 void MS_NAME(ms_attention)(const ms_host_args *args) {
   const MSAttentionParams *p = args->constants;
@@ -273,42 +314,38 @@ void MS_NAME(ms_attention)(const ms_host_args *args) {
                                 buffers[MS_ATTN_BLOCK_TABLES], ms_attention_tile_rows(p)};
   const uint32_t rows = a.step->num_tokens;
   const uint64_t thread = (uint64_t)args->thread, threads = (uint64_t)args->threads;
-  uint64_t total = 0, before = 0;
+  uint64_t total = 0, at = 0;
   for (uint32_t row = 0; row < rows;) {
     const MS_NAME(attention_span) s = MS_NAME(span_at)(&a, row, rows);
-    for (uint32_t i = 0; i < s.splits; ++i) total += MS_NAME(split_cost)(&a, &s, i) * p->num_kv_heads;
+    total += MS_NAME(span_cost)(&a, &s);
     row += s.rows;
   }
-  uint32_t cuts = 0;      // tiles in several pieces so far
-  MS_NAME(attention_tile) t, cut = {0};  // cut: the one that this thread merges
-  MS_NAME(attention_span) cut_span = {0};
-  float *cut_parts = NULL;
-  for (uint32_t run = 0, end; run < rows; run = end) {
-    end = MS_NAME(run_end)(&a, run, rows);
-    for (uint32_t head = 0; head < p->num_kv_heads; ++head) {
-      for (uint32_t row = run; row < end;) {
-        const MS_NAME(attention_span) s = MS_NAME(span_at)(&a, row, end);
-        const uint64_t at = before;
-        uint64_t last = before;  // cost before its last split
-        for (uint32_t i = 0; i < s.splits; ++i) last = before, before += MS_NAME(split_cost)(&a, &s, i);
-        row += s.rows;
-        const uint64_t first_thread = at * threads / total, last_thread = last * threads / total;
-        const bool whole = first_thread == last_thread, mine = first_thread <= thread && thread <= last_thread;
-        if (mine) MS_NAME(tile_of)(&a, &s, head, args, &t);
-        if (mine && whole) {
-          MS_NAME(scale_queries)(&t, s.row, args);
-          MS_NAME(attend_whole)(&t, &s, args);
-        }
-        if (whole) continue;
-        float *parts = (float *)args->shared + cuts++ * MS_ATTN_SPLITS * ms_attention_part(p);
-        if (mine) MS_NAME(attend_pieces)(&a, &t, &s, parts, at, total, args);
-        if (last_thread == thread) cut = t, cut_span = s, cut_parts = parts;
-      }
+  uint32_t shared_tiles = 0;
+  MS_NAME(attention_tile) t, own = {0};  // own: the shared tile that this thread merges
+  uint32_t own_splits = 0;
+  float *own_parts = NULL;
+  for (uint32_t row = 0; row < rows;) {
+    const MS_NAME(attention_span) s = MS_NAME(span_at)(&a, row, rows);
+    const uint64_t first = at, first_cost = MS_NAME(split_cost)(&a, &s, 0);
+    const uint64_t last_cost = MS_NAME(split_cost)(&a, &s, s.splits - 1);
+    row += s.rows;
+    at += MS_NAME(span_cost)(&a, &s);
+    const uint64_t from = MS_NAME(piece_thread)(first, first_cost, total, threads);
+    const uint64_t to = MS_NAME(piece_thread)(at - last_cost, last_cost, total, threads);
+    float *parts = (float *)args->shared + shared_tiles * MS_ATTN_SPLITS * ms_attention_part(p);
+    shared_tiles += from != to;
+    if (thread < from || thread > to) continue;
+    MS_NAME(begin_tile)(&a, &s, args, &t);
+    if (from == to) {
+      MS_NAME(attend_whole)(&t, &s, args);
+    } else {
+      MS_NAME(attend_pieces)(&a, &t, &s, parts, first, total, args);
+      if (thread == to) own = t, own_splits = s.splits, own_parts = parts;
     }
   }
-  if (cuts == 0) return;
+  if (shared_tiles == 0) return;
   ms_pool_barrier(args->pool);
-  if (cut_parts != NULL) MS_NAME(merge_pieces)(&cut, &cut_span, cut_parts, args);
+  if (own_parts != NULL) MS_NAME(merge_pieces)(&own, own_splits, own_parts, args);
 }
 
 #undef MS_TILES

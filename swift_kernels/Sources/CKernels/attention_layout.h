@@ -10,9 +10,11 @@
 #include "params.h"
 
 enum {
-  MS_ATTN_CHUNK = 128,    // positions whose scores are kept at once
-  MS_ATTN_SPLITS = 33,    // of a row at most 32; a tile's rows are neighbours and have one more
-  MS_ATTN_TILE = 24,      // queries (rows x heads of a group) that share the loads of keys and values
+  MS_ATTN_CHUNK = 256,      // positions whose scores are kept at once
+  MS_ATTN_STRIDE = 64,      // of them, those of one kv head before those of the next, for a single row
+  MS_ATTN_LEAST_SPLIT = 32, // positions; short contexts are cut finer, so that all threads have work
+  MS_ATTN_SPLITS = 65,      // of a row at most 64; a tile's rows are neighbours and have one more
+  MS_ATTN_TILE = 24,        // queries (rows x heads of a group) that share the loads of keys and values
   MS_ATTN_TILE_ROWS = 12,
 };
 
@@ -25,16 +27,24 @@ static inline size_t ms_attention_queries(const MSAttentionParams *p) {
   return (size_t)ms_attention_tile_rows(p) * (p->num_q_heads / p->num_kv_heads);
 }
 
-// Elements of one partial result of a tile: values [queries, value_dim], then the maxima and sums of its queries.
+// Elements of a partial result of a tile: values [num_kv_heads, queries, value_dim], then the queries' maxima and sums.
 static inline size_t ms_attention_part(const MSAttentionParams *p) {
-  const size_t queries = ms_attention_queries(p);
+  const size_t queries = p->num_kv_heads * ms_attention_queries(p);
   return queries * p->value_dim + 2 * ((queries + 15) / 16 * 16);
 }
 
-// A thread's scratch: scaled queries, scores, two partial results.
-static inline size_t ms_attention_scratch(const MSAttentionParams *p) {
+// Elements of a tile's scaled queries and of its scores: of all heads for one row, of one kv head at a time for several.
+static inline size_t ms_attention_tile_queries(const MSAttentionParams *p) {
+  return (p->num_kv_heads * ms_attention_queries(p) * p->head_dim + 15) / 16 * 16;
+}
+static inline size_t ms_attention_tile_scores(const MSAttentionParams *p) {
   const size_t queries = ms_attention_queries(p);
-  return (queries * p->head_dim + 15) / 16 * 16 + queries * MS_ATTN_CHUNK + 2 * ms_attention_part(p);
+  return (queries > p->num_q_heads ? queries : p->num_q_heads) * MS_ATTN_CHUNK;
+}
+
+// A thread's scratch: scaled queries, scores, a result and one to merge into it.
+static inline size_t ms_attention_scratch(const MSAttentionParams *p) {
+  return ms_attention_tile_queries(p) + ms_attention_tile_scores(p) + 2 * ms_attention_part(p);
 }
 
 #endif

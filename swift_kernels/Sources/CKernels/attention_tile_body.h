@@ -1,15 +1,16 @@
-// One tile of attention: queries that share a sequence and a kv head against positions [lo, hi), by chunks.
+// One tile of attention: rows of a sequence against positions of its cache, by chunks.
 //
 // A query's sums run over dimensions and positions in ascending order, one lane each, whatever its neighbours in the tile.
 
 #if defined(MS_ISA_IS_AVX512)
 // Queries at once, and how many vectors of positions (scores) or of value elements (sums) fit the registers beside them.
-#define MS_TILES(case_) case_(12, 2, 2) case_(6, 4, 4) case_(4, 4, 4) case_(3, 4, 8) case_(2, 4, 8) case_(1, 8, 8)
+#define MS_TILES(case_) case_(12, 2, 2) case_(6, 4, 4) case_(4, 4, 4) case_(3, 4, 4) case_(2, 4, 4) case_(1, 8, 4)
 #else
 #define MS_TILES(case_) case_(4, 1, 1) case_(3, 1, 1) case_(2, 2, 2) case_(1, 4, 4)
 #endif
 #define MS_UNROLL _Pragma("clang loop unroll(full)")
 
+// A result over some positions. Queries are numbered by kv head, row, and q head of the group.
 typedef struct {
   float *values;  // [queries, value_dim], not divided by the sum
   float *max;     // [queries]
@@ -18,14 +19,16 @@ typedef struct {
 
 typedef struct {
   const MSAttentionParams *p;
-  const void *keys, *planes_values;
-  const int32_t *table;     // the sequence's blocks
-  uint32_t kv_head, group;  // group: q heads of a kv head
+  const void *keys, *values;  // planes
+  const int32_t *table;       // the sequence's blocks
   uint32_t block_shift;
-  uint32_t rows;            // of the tile; query j is head j % group of row j / group
+  uint32_t row, rows;         // of the step
+  uint32_t group;             // q heads of a kv head
   int32_t lo[MS_ATTN_TILE_ROWS], hi[MS_ATTN_TILE_ROWS];  // positions that a row sees
-  float *queries;           // [rows * group, head_dim], scaled
-  float *scores;            // [rows * group, MS_ATTN_CHUNK]
+  float *all_queries;         // [queries, head_dim], scaled
+  float *all_scores;          // [queries, MS_ATTN_CHUNK], of some kv heads
+  uint32_t kv_head;           // the one that is worked on:
+  float *queries, *scores;    // its own
 } MS_NAME(attention_tile);
 
 MS_VEC f32x16 MS_NAME(load_kv)(const void *plane, size_t at, const uint32_t dtype) {
@@ -91,9 +94,9 @@ MS_VEC void MS_NAME(weigh)(const MS_NAME(attention_tile) * t, float *values, con
     for (uint32_t n = 0; n < end - at; ++n) {
       f32x16 x[8];
       MS_UNROLL for (uint32_t v = 0; v < nv; ++v) {
-        x[v] = MS_NAME(load_kv)(t->planes_values, value + (size_t)n * dim + 16 * v, dtype);
+        x[v] = MS_NAME(load_kv)(t->values, value + (size_t)n * dim + 16 * v, dtype);
         if (v % 2 == 0 || dtype == MS_FLOAT32) {
-          MS_NAME(prefetch_kv)(t->planes_values, next + (size_t)n * dim + 16 * v, dtype);
+          MS_NAME(prefetch_kv)(t->values, next + (size_t)n * dim + 16 * v, dtype);
         }
       }
       MS_UNROLL for (uint32_t i = 0; i < nr; ++i) {
@@ -117,8 +120,8 @@ MS_VEC uint32_t MS_NAME(tile_width)(uint32_t queries) {
   return 1;
 }
 
-// Scores of all queries against positions [at, end) of a chunk; at is a multiple of 16, end is rounded up to one.
-MS_VEC void MS_NAME(score_all)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t at, uint32_t end, const uint32_t dtype) {
+// Scores of a kv head's queries against positions [at, end) of a chunk; at is a multiple of 16, end is rounded up to one.
+MS_VEC void MS_NAME(score_head)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t at, uint32_t end, const uint32_t dtype) {
   const uint32_t queries = t->rows * t->group;
   for (uint32_t j = 0, nr; j < queries; j += nr) {
     nr = MS_NAME(tile_width)(queries - j);
@@ -142,7 +145,8 @@ MS_VEC void MS_NAME(score_all)(const MS_NAME(attention_tile) * t, uint32_t chunk
   }
 }
 
-static void MS_NAME(weigh_one)(const MS_NAME(attention_tile) * t, float *values, uint32_t j, uint32_t chunk, uint32_t lo, uint32_t hi,
+// values of `nr` queries from j += weights of positions [lo, hi) of a chunk times their values.
+static void MS_NAME(weigh_queries)(const MS_NAME(attention_tile) * t, float *values, uint32_t j, uint32_t chunk, uint32_t lo, uint32_t hi,
                                uint32_t nr) {
   const uint32_t dim = t->p->value_dim, dtype = t->p->kv_dtype;
   const float *weights = t->scores + (size_t)j * MS_ATTN_CHUNK + (lo - chunk);

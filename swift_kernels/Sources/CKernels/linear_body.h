@@ -1,10 +1,9 @@
 // linear: epilogue(x · Wᵀ) over packed weights. Reference: kernels/linear.py.
 //
-// Few rows (decode): each thread quantises them all and takes a contiguous share of the panels; nothing waits. More rows: the
-// threads quantise a part each, meet once, and take blocks of columns as they become free.
+// Few rows (decode): each thread quantises them all and takes a contiguous share of the panels; nothing waits. More
+// rows: the threads quantise a part each, meet once, and take blocks of columns as they become free.
+#include "linear_activation_body.h"
 #include "linear_layout.h"
-#include "dot_body.h"
-#include "activation_body.h"
 #include "linear_tile_body.h"
 
 typedef struct {
@@ -48,13 +47,14 @@ static void MS_NAME(prepare_rows)(const MS_NAME(linear) * l, uint32_t first, uin
 // The store that is a segment's whole epilogue, or NULL: then the tiles write where it would.
 static const MSInstr *MS_NAME(bare_store)(const MS_NAME(linear) * l, const MSLinearSegment *s) {
   const MSInstr *in = l->c.epilogues + s->first_instr;
-  const bool bare = s->instrs == 1 && s->parts == 1 && in->op == MS_OP_STORE && in->a == 0 && (in->imm & 1) == 0 && in->n == 0;
+  const bool bare =
+      s->instrs == 1 && s->parts == 1 && in->op == MS_OP_STORE && in->a == 0 && (in->imm & 1) == 0 && in->n == 0;
   return bare && in->dtype == MS_FLOAT32 && in->rows == MS_ROW_SELF ? in : NULL;
 }
 
 // Products of one part: panels [first, first + count), rows [row, row + rows), rows <= MS_CHUNK_ROWS.
-static void MS_NAME(multiply)(const MS_NAME(linear) * l, const MSLinearPart *part, uint32_t first, uint32_t count, uint32_t row,
-                              uint32_t rows, float *out, size_t out_stride) {
+static void MS_NAME(multiply)(const MS_NAME(linear) * l, const MSLinearPart *part, uint32_t first, uint32_t count,
+                              uint32_t row, uint32_t rows, float *out, size_t out_stride) {
   const uint32_t k = l->c.params->k;
   const size_t stride = ms_panel_stride(k, part->bits, part->group_size, part->dtype);
   const uint8_t *panels = (const uint8_t *)l->args->buffers[part->slot] + first * stride;
@@ -64,7 +64,8 @@ static void MS_NAME(multiply)(const MS_NAME(linear) * l, const MSLinearPart *par
   // Several tiles: a few panels at a time, which the later tiles find in the first-level cache.
   const uint32_t step = rows <= MS_TILE_ROWS && (rows & (rows - 1)) == 0 ? count : 4;
   for (uint32_t panel = 0; panel < count; panel += step) {
-    MS_NAME(linear_tile) tile = {
+    MS_NAME(linear_tile)
+    tile = {
         .panels = panels + panel * stride,
         .stride = stride,
         .count = count - panel < step ? count - panel : step,
@@ -86,8 +87,8 @@ static void MS_NAME(multiply)(const MS_NAME(linear) * l, const MSLinearPart *par
 }
 
 // One segment on panels [first, first + count) (at most ms_linear_columns) and rows [row, end).
-static void MS_NAME(run_block)(const MS_NAME(linear) * l, const MSLinearSegment *s, uint32_t first, uint32_t count, uint32_t row,
-                               uint32_t end) {
+static void MS_NAME(run_block)(const MS_NAME(linear) * l, const MSLinearSegment *s, uint32_t first, uint32_t count,
+                               uint32_t row, uint32_t end) {
   const MSLinearPart *parts = l->c.parts + s->first_part;
   const uint32_t column = first * MS_PANEL_ROWS, left = parts->n - column, stride = count * MS_PANEL_ROWS;
   const MSInstr *store = MS_NAME(bare_store)(l, s);
@@ -108,11 +109,12 @@ static void MS_NAME(run_block)(const MS_NAME(linear) * l, const MSLinearSegment 
       continue;
     }
     for (uint32_t i = 0; i < s->parts; ++i) {
-      MS_NAME(multiply)(l, parts + i, first, count, row, rows, l->registers + i * (size_t)stride, s->parts * (size_t)stride);
+      MS_NAME(multiply)(l, parts + i, first, count, row, rows, l->registers + i * (size_t)stride,
+                        s->parts * (size_t)stride);
     }
     for (uint32_t m = rows; m-- > 0;) {
-      MS_NAME(run_epilogue)(l->c.epilogues + s->first_instr, s->instrs, l->registers + m * s->parts * (size_t)stride, stride,
-                            width, column, l->args, row + m);
+      MS_NAME(run_epilogue)(l->c.epilogues + s->first_instr, s->instrs, l->registers + m * s->parts * (size_t)stride,
+                            stride, width, column, l->args, row + m);
     }
   }
 }
@@ -176,12 +178,14 @@ static void MS_NAME(linear_many)(MS_NAME(linear) * l) {
   const uint32_t thread = (uint32_t)l->args->thread, threads = (uint32_t)l->args->threads, rows = l->rows;
   uint32_t *next = (uint32_t *)l->args->shared;
   if (thread == 0) __atomic_store_n(next, 0, __ATOMIC_RELAXED);
-  MS_NAME(prepare_rows)(l, (uint32_t)((uint64_t)rows * thread / threads), (uint32_t)((uint64_t)rows * (thread + 1) / threads));
+  MS_NAME(prepare_rows)(l, (uint32_t)((uint64_t)rows * thread / threads),
+                        (uint32_t)((uint64_t)rows * (thread + 1) / threads));
   ms_pool_barrier(l->args->pool);
 
   uint32_t panels = 0, blocks = 0;
   const uint32_t row_blocks = (rows + MS_ROW_BLOCK - 1) / MS_ROW_BLOCK;
-  const uint32_t block_rows = ((rows + row_blocks - 1) / row_blocks + MS_CHUNK_ROWS - 1) / MS_CHUNK_ROWS * MS_CHUNK_ROWS;
+  const uint32_t block_rows =
+      ((rows + row_blocks - 1) / row_blocks + MS_CHUNK_ROWS - 1) / MS_CHUNK_ROWS * MS_CHUNK_ROWS;
   for (uint32_t i = 0; i < p->segments; ++i) panels += ms_panel_count(l->c.parts[l->c.segments[i].first_part].n);
   const uint64_t fair = (uint64_t)panels * row_blocks / (threads * 8);
   const uint32_t limit = fair < panels ? (uint32_t)fair : panels;

@@ -4,16 +4,16 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "activation.h"
+#include "linear_activation.h"
 #include "panel.h"
 #include "program_check.h"
 
 enum {
-  MS_FEW_ROWS = 4,        // up to here each thread quantises all rows for itself: no barrier inside the launch
-  MS_CHUNK_ROWS = 8,      // rows whose products are kept for the epilogue at once
-  MS_ROW_BLOCK = 128,     // rows for which a block of weights, once in the second-level cache, serves
+  MS_FEW_ROWS = 4,            // up to here each thread quantises all rows for itself: no barrier inside the launch
+  MS_CHUNK_ROWS = 8,          // rows whose products are kept for the epilogue at once
+  MS_ROW_BLOCK = 128,         // rows for which a block of weights, once in the second-level cache, serves
   MS_WEIGHT_BLOCK = 1 << 18,  // bytes of such a block
-  MS_COUNTER_BYTES = 64,  // in front of the shared activations: the next piece of work
+  MS_COUNTER_BYTES = 64,      // in front of the shared activations: the next piece of work
 };
 
 // The constants, taken apart.
@@ -34,10 +34,12 @@ static inline ms_linear_constants ms_linear_constants_at(const void *constants) 
 }
 
 // Columns of a block: wide for few rows, where interpreting an epilogue would show; else what fits in the cache.
-static inline uint32_t ms_linear_columns(uint32_t registers, int few) { return few ? (registers <= 8 ? 512 : 256) : 128; }
+static inline uint32_t ms_linear_columns(uint32_t registers, int few) {
+  return few ? (registers <= 8 ? 512 : 256) : 128;
+}
 
-// Products of a chunk and the registers of its epilogue. Row m's registers begin after its predecessors' products and run over
-// its successors': epilogues go from the last row to the first.
+// Products of a chunk and the registers of its epilogue. Row m's registers begin after its predecessors' products and
+// run over its successors': epilogues go from the last row to the first.
 static inline uint64_t ms_linear_registers_bytes(const MSLinearSegment *s, int few) {
   const uint64_t rows = few ? MS_FEW_ROWS : MS_CHUNK_ROWS, registers = (rows - 1) * s->parts + s->registers;
   return (registers * ms_linear_columns(s->registers, few) + MS_PROGRAM_SLACK) * sizeof(float);

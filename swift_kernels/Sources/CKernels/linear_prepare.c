@@ -4,23 +4,25 @@
 #include "linear_layout.h"
 #include "prepare.h"
 
-#define REFUSE(...)                        \
-  do {                                     \
-    snprintf(message, 256, __VA_ARGS__);   \
-    return message;                        \
+#define REFUSE(...)                      \
+  do {                                   \
+    snprintf(message, 256, __VA_ARGS__); \
+    return message;                      \
   } while (0)
 
 static const char *check_sizes(const MSLinearParams *p, uint32_t const_bytes, uint64_t *instrs, char message[256]) {
-  const uint64_t head = sizeof *p + (uint64_t)p->parts * sizeof(MSLinearPart) + (uint64_t)p->segments * sizeof(MSLinearSegment);
+  const uint64_t head =
+      sizeof *p + (uint64_t)p->parts * sizeof(MSLinearPart) + (uint64_t)p->segments * sizeof(MSLinearSegment);
   if (p->parts == 0 || p->segments == 0) {
     REFUSE("linear: %u parts and %u segments; expected at least one of each", p->parts, p->segments);
   }
   if (head > const_bytes || (const_bytes - head) % sizeof(MSInstr) != 0) {
-    REFUSE("linear: %u bytes of constants do not hold %u parts, %u segments and whole instructions", const_bytes, p->parts,
-           p->segments);
+    REFUSE("linear: %u bytes of constants do not hold %u parts, %u segments and whole instructions", const_bytes,
+           p->parts, p->segments);
   }
   *instrs = (const_bytes - head) / sizeof(MSInstr);
-  if (p->prologue > *instrs) REFUSE("linear: the prologue has %u instructions; the constants hold %u", p->prologue, (uint32_t)*instrs);
+  if (p->prologue > *instrs)
+    REFUSE("linear: the prologue has %u instructions; the constants hold %u", p->prologue, (uint32_t)*instrs);
   return NULL;
 }
 
@@ -33,8 +35,8 @@ static const char *check_input(const MSLinearParams *p, uint32_t binds, char mes
   if (binds < MS_SLOT_FIRST) REFUSE("linear: %u bindings; the first %d are the step's", binds, (int)MS_SLOT_FIRST);
   if (p->prologue) {
     if (p->prologue_result > p->registers || p->k > p->registers - p->prologue_result) {
-      REFUSE("linear: the prologue's result [%u, %u + k = %u) is outside its %u registers", p->prologue_result, p->prologue_result,
-             p->k, p->registers);
+      REFUSE("linear: the prologue's result [%u, %u + k = %u) is outside its %u registers", p->prologue_result,
+             p->prologue_result, p->k, p->registers);
     }
     return NULL;
   }
@@ -52,7 +54,8 @@ static const char *check_prologue(const ms_linear_constants *c, uint32_t binds, 
     }
   }
   if (c->params->prologue == 0) return NULL;
-  return ms_program_check(c->prologue, c->params->prologue, c->params->registers, binds, false, "linear (prologue)", message);
+  return ms_program_check(c->prologue, c->params->prologue, c->params->registers, binds, false, "linear (prologue)",
+                          message);
 }
 
 static const char *check_part(const ms_linear_constants *c, uint32_t i, uint32_t binds, char message[256]) {
@@ -66,10 +69,12 @@ static const char *check_part(const ms_linear_constants *c, uint32_t i, uint32_t
   return NULL;
 }
 
-static const char *check_segment(const ms_linear_constants *c, uint32_t i, uint32_t binds, uint64_t epilogues, char message[256]) {
+static const char *check_segment(const ms_linear_constants *c, uint32_t i, uint32_t binds, uint64_t epilogues,
+                                 char message[256]) {
   const MSLinearSegment *s = &c->segments[i];
   if (s->parts == 0 || s->first_part > c->params->parts || s->parts > c->params->parts - s->first_part) {
-    REFUSE("linear: segment %u has parts [%u, %u + %u) of %u", i, s->first_part, s->first_part, s->parts, c->params->parts);
+    REFUSE("linear: segment %u has parts [%u, %u + %u) of %u", i, s->first_part, s->first_part, s->parts,
+           c->params->parts);
   }
   for (uint32_t j = 1; j < s->parts; ++j) {
     const uint32_t n = c->parts[s->first_part].n, other = c->parts[s->first_part + j].n;
@@ -83,7 +88,8 @@ static const char *check_segment(const ms_linear_constants *c, uint32_t i, uint3
     REFUSE("linear: segment %u has %u registers for the products of %u parts", i, s->registers, s->parts);
   }
   if (s->registers > 4096) REFUSE("linear: segment %u has %u registers; at most 4096 are supported", i, s->registers);
-  return ms_program_check(c->epilogues + s->first_instr, s->instrs, s->registers, binds, true, "linear (epilogue)", message);
+  return ms_program_check(c->epilogues + s->first_instr, s->instrs, s->registers, binds, true, "linear (epilogue)",
+                          message);
 }
 
 MS_PREPARE(linear) {

@@ -1,9 +1,13 @@
 // Tiles: MT rows of activations times the 16 rows of a panel, for every width of weights.
 //
-// One reduction order: a row's sum over a group is an exact integer, and groups are added in float32 from the first to the last.
-// So a row's result depends neither on the tile that computes it nor on its neighbours.
+// One reduction order: a row's sum over a group is an exact integer, and groups are added in float32 from the first to
+// the last. So a row's result depends neither on the tile that computes it nor on its neighbours.
+#include "linear_activation.h"
+#include "linear_dot_body.h"
+
 #define MS_UNROLL _Pragma("clang loop unroll(full)")
-enum { MS_PREFETCH = 4096 };  // bytes ahead of a single row, which is bound by memory: the next page, where the hardware stops
+// Bytes ahead of the weight being read: into the next page, where the hardware's own prefetch stops.
+enum { MS_PREFETCH = 4096 };
 
 typedef struct {
   const uint8_t *panels;  // the first panel
@@ -19,7 +23,8 @@ typedef struct {
 } MS_NAME(linear_tile);
 
 // bits, planes, mt and vectors are constants at every call; vectors: registers of lanes at a time.
-MS_VEC void tile_panel(const MS_NAME(linear_tile) * t, const uint8_t *panel, float *out, uint32_t bits, int planes, int mt, int vectors) {
+MS_VEC void tile_panel(const MS_NAME(linear_tile) * t, const uint8_t *panel, float *out, uint32_t bits, int planes,
+                       int mt, int vectors) {
   const size_t scale_bytes = ms_scale_bytes(t->dtype), scale_step = ms_dtype_bytes(t->dtype);
   for (int lane = 0; lane < MS_PANEL_ROWS; lane += vectors * MS_LANES) {
     ms_floats sum[MS_TILE_VECTORS];
@@ -33,10 +38,14 @@ MS_VEC void tile_panel(const MS_NAME(linear_tile) * t, const uint8_t *panel, flo
       w += 2 * scale_bytes;
       x += sizeof(MSActivationGroup);
       for (uint32_t b = 0; b < t->blocks; ++b) {
-        if (lane == 0) MS_UNROLL for (uint32_t i = 0; i < bits; ++i) __builtin_prefetch(w + MS_PREFETCH + i * 64, 0, 3);
+        if (lane == 0) {
+          MS_UNROLL for (uint32_t i = 0; i < bits; ++i) __builtin_prefetch(w + MS_PREFETCH + i * 64, 0, 3);
+        }
         MS_UNROLL for (int quad = 0; quad < 8; ++quad) {
           ms_words q[4];
-          MS_UNROLL for (int v = 0; v < vectors; ++v) q[v] = words_of_quad(w + (size_t)(lane + v * MS_LANES) * 4, bits, quad);
+          MS_UNROLL for (int v = 0; v < vectors; ++v) {
+            q[v] = words_of_quad(w + (size_t)(lane + v * MS_LANES) * 4, bits, quad);
+          }
           MS_UNROLL for (int m = 0; m < mt; ++m) {
             const uint8_t *at = x + (size_t)m * t->x_stride + quad * MS_QUAD_BYTES;
             MS_UNROLL for (int v = 0; v < vectors; ++v) dot(&s[m * vectors + v], q[v], at, planes, bits);
@@ -58,19 +67,22 @@ MS_VEC void tile_panel(const MS_NAME(linear_tile) * t, const uint8_t *panel, flo
     }
     MS_UNROLL for (int m = 0; m < mt; ++m) {
       MS_UNROLL for (int v = 0; v < vectors; ++v) {
-        __builtin_memcpy(out + (size_t)m * t->out_stride + lane + v * MS_LANES, &sum[m * vectors + v], sizeof(ms_floats));
+        __builtin_memcpy(out + (size_t)m * t->out_stride + lane + v * MS_LANES, &sum[m * vectors + v],
+                         sizeof(ms_floats));
       }
     }
   }
 }
 
-#define MS_TILE(bits, planes, mt)                                                                                             \
-  static void MS_NAME(tile_##bits##_##planes##_##mt)(const MS_NAME(linear_tile) * t) {                                               \
-    enum { vectors = MS_TILE_VECTORS / (mt) < 16 / MS_LANES ? MS_TILE_VECTORS / (mt) : 16 / MS_LANES };                       \
-    for (uint32_t i = 0; i < t->count; ++i) tile_panel(t, t->panels + i * t->stride, t->out + i * 16, bits, planes, mt, vectors); \
+#define MS_TILE(bits, planes, mt)                                                                       \
+  static void MS_NAME(tile_##bits##_##planes##_##mt)(const MS_NAME(linear_tile) * t) {                  \
+    enum { vectors = MS_TILE_VECTORS / (mt) < 16 / MS_LANES ? MS_TILE_VECTORS / (mt) : 16 / MS_LANES }; \
+    for (uint32_t i = 0; i < t->count; ++i)                                                             \
+      tile_panel(t, t->panels + i * t->stride, t->out + i * 16, bits, planes, mt, vectors);             \
   }
-#define MS_TILES(bits)                                                                                         \
-  MS_TILE(bits, 1, 1) MS_TILE(bits, 1, 2) MS_TILE(bits, 1, 4) MS_TILE(bits, 2, 1) MS_TILE(bits, 2, 2) MS_TILE(bits, 2, 4)
+#define MS_TILES(bits) \
+  MS_TILE(bits, 1, 1)  \
+  MS_TILE(bits, 1, 2) MS_TILE(bits, 1, 4) MS_TILE(bits, 2, 1) MS_TILE(bits, 2, 2) MS_TILE(bits, 2, 4)
 MS_TILES(2)
 MS_TILES(3)
 MS_TILES(4)
@@ -90,7 +102,7 @@ MS_WIDE_TILES(8)
 #undef MS_TILE
 #undef MS_TILES
 
-// ---- dense weights -------------------------------------------------------------------------------------------------------
+// ---- dense weights --------------------------------------------------------------------------------------------------
 // One float32 sum per output from k = 0 up. Panels together hide the latency of an fma where there are few rows.
 MS_VEC void dense_panels(const MS_NAME(linear_tile) * t, uint32_t first, uint32_t dtype, int mt, int panels) {
   f32x16 sum[MS_TILE_ROWS];
@@ -118,12 +130,12 @@ MS_VEC void dense_panels(const MS_NAME(linear_tile) * t, uint32_t first, uint32_
   }
 }
 
-#define MS_DENSE(name, dtype, mt)                                                                                 \
-  static void MS_NAME(tile_##name##_##mt)(const MS_NAME(linear_tile) * t) {                                              \
-    enum { panels = 4 / (mt) > 1 ? 4 / (mt) : 1 };                                                                \
-    uint32_t i = 0;                                                                                               \
-    for (; i + panels <= t->count; i += panels) dense_panels(t, i, dtype, mt, panels);                            \
-    for (; i < t->count; ++i) dense_panels(t, i, dtype, mt, 1);                                                   \
+#define MS_DENSE(name, dtype, mt)                                                      \
+  static void MS_NAME(tile_##name##_##mt)(const MS_NAME(linear_tile) * t) {            \
+    enum { panels = 4 / (mt) > 1 ? 4 / (mt) : 1 };                                     \
+    uint32_t i = 0;                                                                    \
+    for (; i + panels <= t->count; i += panels) dense_panels(t, i, dtype, mt, panels); \
+    for (; i < t->count; ++i) dense_panels(t, i, dtype, mt, 1);                        \
   }
 #define MS_DENSES(mt) MS_DENSE(f32, MS_FLOAT32, mt) MS_DENSE(f16, MS_FLOAT16, mt) MS_DENSE(bf16, MS_BFLOAT16, mt)
 MS_DENSES(1)
@@ -135,25 +147,35 @@ MS_DENSES(8)
 #undef MS_DENSE
 #undef MS_DENSES
 
-// ---- choice ---------------------------------------------------------------------------------------------------------------
+// ---- choice ---------------------------------------------------------------------------------------------------------
 typedef void (*MS_NAME(linear_tile_function))(const MS_NAME(linear_tile) *);
 
 #if MS_TILE_ROWS == 8
-#define MS_ROW_OF(kind) {MS_NAME(tile_##kind##_1), MS_NAME(tile_##kind##_2), MS_NAME(tile_##kind##_4), MS_NAME(tile_##kind##_8)}
+#define MS_ROW_OF(kind) \
+  {MS_NAME(tile_##kind##_1), MS_NAME(tile_##kind##_2), MS_NAME(tile_##kind##_4), MS_NAME(tile_##kind##_8)}
 #else
 #define MS_ROW_OF(kind) {MS_NAME(tile_##kind##_1), MS_NAME(tile_##kind##_2), MS_NAME(tile_##kind##_4), NULL}
 #endif
 // By arithmetic and bits, then log2 of the rows.
 static const MS_NAME(linear_tile_function) MS_NAME(affine_tiles)[2][9][4] = {
-    [MS_ARITHMETIC_INT16] = {[2] = MS_ROW_OF(2_2), [3] = MS_ROW_OF(3_2), [4] = MS_ROW_OF(4_2), [5] = MS_ROW_OF(5_2),
-                             [6] = MS_ROW_OF(6_2), [8] = MS_ROW_OF(8_2)},
-    [MS_ARITHMETIC_INT8] = {[2] = MS_ROW_OF(2_1), [3] = MS_ROW_OF(3_1), [4] = MS_ROW_OF(4_1), [5] = MS_ROW_OF(5_1),
-                            [6] = MS_ROW_OF(6_1), [8] = MS_ROW_OF(8_1)},
+    [MS_ARITHMETIC_INT16] = {[2] = MS_ROW_OF(2_2),
+                             [3] = MS_ROW_OF(3_2),
+                             [4] = MS_ROW_OF(4_2),
+                             [5] = MS_ROW_OF(5_2),
+                             [6] = MS_ROW_OF(6_2),
+                             [8] = MS_ROW_OF(8_2)},
+    [MS_ARITHMETIC_INT8] = {[2] = MS_ROW_OF(2_1),
+                            [3] = MS_ROW_OF(3_1),
+                            [4] = MS_ROW_OF(4_1),
+                            [5] = MS_ROW_OF(5_1),
+                            [6] = MS_ROW_OF(6_1),
+                            [8] = MS_ROW_OF(8_1)},
 };
 // By ms_dtype.
 static const MS_NAME(linear_tile_function) MS_NAME(dense_tiles)[3][4] = {
     [MS_FLOAT32] = MS_ROW_OF(f32), [MS_FLOAT16] = MS_ROW_OF(f16), [MS_BFLOAT16] = MS_ROW_OF(bf16)};
 #undef MS_ROW_OF
+#undef MS_UNROLL
 
 // The functions of one part for 1, 2, 4 (and 8) rows.
 MS_VEC const MS_NAME(linear_tile_function) * MS_NAME(tiles_of)(const MSLinearPart *part, uint32_t arithmetic) {

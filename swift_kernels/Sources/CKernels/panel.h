@@ -1,13 +1,15 @@
 // How a weight lies in memory: panels of 16 rows, so that one vector register holds the same k of 16 outputs.
 //
-// Quantised, w = scale * q + bias. A panel is, for each group of group_size elements along k: 16 scales, 16 biases (a row each),
-// then the group's q in blocks of 32 along k. A block is `bits` lines of 64 bytes, and a line is one 32-bit word per row. Byte i of
-// a word belongs to the elements k % 4 == i; a "quad" is four neighbouring elements, and a block has eight:
+// Quantised, w = scale * q + bias. A panel is, for each group of group_size elements along k: 16 scales, 16 biases (one
+// per row), then the group's q in blocks of 32 along k. A block is `bits` lines of 64 bytes, and a line is one 32-bit
+// word per row. Byte i of a word belongs to elements with k % 4 == i; a "quad" is four neighbouring elements, and a
+// block has eight:
 //   8 bits: line j is quad j.
 //   4 bits: line j has quad 2j in its low nibbles and quad 2j + 1 in its high ones.
 //   2 bits: line j has quads 4j .. 4j + 3, from the low bits up.
-//   3, 5, 6 bits: the lines of the low 2, 4, 4 bits, then those of the high 1, 1, 2; a line of single bits has quads 0 .. 7.
-// Dense, a panel is k lines of 16 elements. Rows past n are zero. A panel has as many bytes as its rows have in a checkpoint.
+//   3, 5, 6 bits: the lines of the low 2, 4, 4 bits, then those of the high 1, 1, 2; a line of single bits has quads
+//   0 .. 7.
+// Dense, a panel is k lines of 16 elements. Rows past n are zero. A panel is as large as its rows in a checkpoint.
 #ifndef METALSTEP_PANEL_H
 #define METALSTEP_PANEL_H
 #include <stddef.h>
@@ -48,7 +50,8 @@ static inline const char *ms_panel_problem(uint32_t n, uint32_t k, uint32_t bits
   }
   if (bits < 2 || bits == 7 || bits > 8) return "bits are not 2, 3, 4, 5, 6, 8 (affine) or 16, 32 (dense)";
   if (group_size != 32 && group_size != 64 && group_size != 128) return "the group size is not 32, 64 or 128";
-  if (dtype != MS_FLOAT32 && dtype != MS_FLOAT16 && dtype != MS_BFLOAT16) return "scales are not float32, float16 or bfloat16";
+  if (dtype != MS_FLOAT32 && dtype != MS_FLOAT16 && dtype != MS_BFLOAT16)
+    return "scales are not float32, float16 or bfloat16";
   if (k % group_size != 0) return "k is not a multiple of the group size";
   return NULL;
 }

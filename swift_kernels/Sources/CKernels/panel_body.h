@@ -34,8 +34,8 @@ MS_VEC void MS_NAME(block_row)(const uint8_t *words, uint32_t bits, uint8_t q[MS
 }
 
 // Writes the k elements of weight row `row` as float32; out is written up to a multiple of 16 elements.
-static void MS_NAME(panel_row)(const void *panels, uint32_t row, uint32_t k, uint32_t bits, uint32_t group_size, uint32_t dtype,
-                               float *out) {
+static void MS_NAME(panel_row)(const void *panels, uint32_t row, uint32_t k, uint32_t bits, uint32_t group_size,
+                               uint32_t dtype, float *out) {
   const uint8_t *w = (const uint8_t *)panels + row / MS_PANEL_ROWS * ms_panel_stride(k, bits, group_size, dtype);
   const size_t lane = row % MS_PANEL_ROWS, element = ms_dtype_bytes(dtype), scale_bytes = ms_scale_bytes(dtype);
   if (ms_is_dense(bits)) {

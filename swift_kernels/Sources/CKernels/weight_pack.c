@@ -1,4 +1,5 @@
-// Packs a checkpoint's weights into panels (panel.h), without changing a value. Plain C vectors: packing is bound by memory.
+// Packs a checkpoint's weights into panels (panel.h), without changing a value. The compiler's plain vectors are
+// enough: packing is bound by memory.
 #include <stdbool.h>
 #include <stdio.h>
 #include <string.h>
@@ -9,6 +10,7 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef uint8_t u8x16 __attribute__((ext_vector_type(16)));
+typedef uint16_t u16x8 __attribute__((ext_vector_type(8)));
 typedef uint32_t u32x4 __attribute__((ext_vector_type(4)));
 typedef uint32_t u32x16 __attribute__((ext_vector_type(16)));
 
@@ -36,22 +38,35 @@ static panel_rows rows_of(const MSWeightSource *s, uint32_t panel) {
   return rows;
 }
 
-// ---- blocks: 32 q of 16 rows, a byte each, into lines -------------------------------------------------------------------
+// ---- transposes: interleaving the first half of the rows with the second, once per bit of their number --------------
+INLINE void transpose4(u32x4 a[4]) {
+  for (int round = 0; round < 2; ++round) {
+    const u32x4 b[4] = {a[0], a[1], a[2], a[3]};
+    for (int i = 0; i < 2; ++i) {
+      a[2 * i] = __builtin_shufflevector(b[i], b[i + 2], 0, 4, 1, 5);
+      a[2 * i + 1] = __builtin_shufflevector(b[i], b[i + 2], 2, 6, 3, 7);
+    }
+  }
+}
+INLINE void transpose8(u16x8 a[8]) {
+  for (int round = 0; round < 3; ++round) {
+    const u16x8 b[8] = {a[0], a[1], a[2], a[3], a[4], a[5], a[6], a[7]};
+    for (int i = 0; i < 4; ++i) {
+      a[2 * i] = __builtin_shufflevector(b[i], b[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      a[2 * i + 1] = __builtin_shufflevector(b[i], b[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+  }
+}
+
+// ---- blocks: 32 q of 16 rows, a byte each, into lines ---------------------------------------------------------------
 // Dword j of row r becomes lane r of quads[j].
-INLINE void transpose(const uint8_t q[MS_PANEL_ROWS][MS_BLOCK], uint32_t quads[8][MS_PANEL_ROWS]) {
+INLINE void transpose_block(const uint8_t q[MS_PANEL_ROWS][MS_BLOCK], uint32_t quads[8][MS_PANEL_ROWS]) {
   for (int r = 0; r < MS_PANEL_ROWS; r += 4) {
     for (int j = 0; j < 8; j += 4) {
-      u32x4 a, b, c, d;
-      memcpy(&a, q[r] + j * 4, 16);
-      memcpy(&b, q[r + 1] + j * 4, 16);
-      memcpy(&c, q[r + 2] + j * 4, 16);
-      memcpy(&d, q[r + 3] + j * 4, 16);
-      const u32x4 ab_lo = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_hi = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-      const u32x4 cd_lo = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_hi = __builtin_shufflevector(c, d, 2, 6, 3, 7);
-      const u32x4 out[4] = {
-          __builtin_shufflevector(ab_lo, cd_lo, 0, 1, 4, 5), __builtin_shufflevector(ab_lo, cd_lo, 2, 3, 6, 7),
-          __builtin_shufflevector(ab_hi, cd_hi, 0, 1, 4, 5), __builtin_shufflevector(ab_hi, cd_hi, 2, 3, 6, 7)};
-      for (int i = 0; i < 4; ++i) memcpy(&quads[j + i][r], &out[i], 16);
+      u32x4 a[4];
+      for (int i = 0; i < 4; ++i) memcpy(&a[i], q[r + i] + j * 4, sizeof a[i]);
+      transpose4(a);
+      for (int i = 0; i < 4; ++i) memcpy(&quads[j + i][r], &a[i], sizeof a[i]);
     }
   }
 }
@@ -73,14 +88,14 @@ INLINE uint8_t *write_plane(const uint32_t quads[8][MS_PANEL_ROWS], uint32_t wid
 
 INLINE uint8_t *write_block(const uint8_t q[MS_PANEL_ROWS][MS_BLOCK], uint32_t bits, uint8_t *to) {
   uint32_t quads[8][MS_PANEL_ROWS];
-  transpose(q, quads);
+  transpose_block(q, quads);
   const uint32_t low = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
-  to = write_plane((const uint32_t(*)[MS_PANEL_ROWS])quads, low, 0, to);
-  if (bits > low) to = write_plane((const uint32_t(*)[MS_PANEL_ROWS])quads, bits - low, low, to);
+  to = write_plane((const uint32_t (*)[MS_PANEL_ROWS])quads, low, 0, to);
+  if (bits > low) to = write_plane((const uint32_t (*)[MS_PANEL_ROWS])quads, bits - low, low, to);
   return to;
 }
 
-// ---- MLX's affine layout: q as a stream of bits, the lowest first -------------------------------------------------------
+// ---- MLX's affine layout: q as a stream of bits, the lowest first ---------------------------------------------------
 // Eight values of `bits` bits into bytes: halves apart, quarters apart, then each.
 INLINE uint64_t spread(uint64_t x, uint32_t bits) {
   const uint64_t four = (1ull << 4 * bits) - 1, two = ((1ull << 2 * bits) - 1) * 0x100000001ull;
@@ -88,6 +103,28 @@ INLINE uint64_t spread(uint64_t x, uint32_t bits) {
   x = (x & four) | (x >> 4 * bits & four) << 32;
   x = (x & two) | (x & two << 2 * bits) << (16 - 2 * bits);
   return (x & one) | (x & one << bits) << (8 - bits);
+}
+
+// The 32 q of one row in a block.
+INLINE void read_block(const uint8_t *words, uint32_t bits, uint8_t q[MS_BLOCK]) {
+  if (bits == 8) {
+    memcpy(q, words, MS_BLOCK);
+  } else if (bits == 4) {
+    u8x16 pairs;
+    memcpy(&pairs, words, sizeof pairs);
+    const u8x16 even = pairs & 15, odd = pairs >> 4;
+    const u8x16 low = __builtin_shufflevector(even, odd, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    const u8x16 high = __builtin_shufflevector(even, odd, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+    memcpy(q, &low, sizeof low);
+    memcpy(q + 16, &high, sizeof high);
+  } else {
+    for (uint32_t i = 0; i < MS_BLOCK / 8; ++i) {
+      uint64_t x = 0;
+      memcpy(&x, words + i * bits, bits);
+      x = spread(x, bits);
+      memcpy(q + i * 8, &x, sizeof x);
+    }
+  }
 }
 
 INLINE void pack_affine(const MSWeightSource *s, const panel_rows *rows, uint32_t bits, uint8_t *to) {
@@ -114,24 +151,15 @@ INLINE void pack_affine(const MSWeightSource *s, const panel_rows *rows, uint32_
     to += MS_PANEL_ROWS * element * 2;
     for (uint32_t b = 0; b < s->group_size; b += MS_BLOCK) {
       for (uint32_t r = 0; r < rows->count; ++r) {
-        if (bits == 8) {
-          memcpy(q[r], words[r], MS_BLOCK);
-        } else {
-          for (uint32_t i = 0; i < MS_BLOCK / 8; ++i) {
-            uint64_t x = 0;
-            memcpy(&x, words[r] + i * bits, bits);
-            x = spread(x, bits);
-            memcpy(q[r] + i * 8, &x, 8);
-          }
-        }
+        read_block(words[r], bits, q[r]);
         words[r] += block_bytes;
       }
-      to = write_block((const uint8_t(*)[MS_BLOCK])q, bits, to);
+      to = write_block((const uint8_t (*)[MS_BLOCK])q, bits, to);
     }
   }
 }
 
-// ---- GGUF's blocks: a float16 scale (and for Q4_1 a minimum) in front of 32 q ---------------------------------------------
+// ---- GGUF's blocks: a float16 scale (and for Q4_1 a minimum) in front of 32 q ---------------------------------------
 // -(2^power) * h, exact. False: it overflows float16, or h is not finite.
 INLINE bool negate_times_power(uint16_t h, uint32_t power, uint16_t *out) {
   uint32_t exponent = h >> 10 & 31, mantissa = h & 0x3ff;
@@ -180,45 +208,76 @@ INLINE int pack_gguf(const MSWeightSource *s, const panel_rows *rows, uint32_t f
       memcpy(q[r] + 16, &high, 16);
     }
     memcpy(to, scales, sizeof scales);
-    to = write_block((const uint8_t(*)[MS_BLOCK])q, bits, to + sizeof scales);
+    to = write_block((const uint8_t (*)[MS_BLOCK])q, bits, to + sizeof scales);
   }
   return refused;
 }
 
-// ---- dense ----------------------------------------------------------------------------------------------------------------
+// ---- dense ----------------------------------------------------------------------------------------------------------
 INLINE void pack_dense(const MSWeightSource *s, const panel_rows *rows, size_t element, uint8_t *to) {
   const uint8_t *from[MS_PANEL_ROWS];
   for (uint32_t r = 0; r < rows->count; ++r) from[r] = (const uint8_t *)s->data + rows->row[r] * (size_t)s->k * element;
   if (rows->count < MS_PANEL_ROWS) memset(to, 0, (size_t)s->k * MS_PANEL_ROWS * element);
-  enum { SPAN = 64 };  // elements of each row at a time: the lines written stay in the first-level cache
-  for (size_t k = 0; k < s->k; k += SPAN) {
-    const size_t end = s->k - k < SPAN ? s->k : k + SPAN;
-    for (uint32_t r = 0; r < rows->count; ++r) {
-      for (size_t i = k; i < end; ++i) memcpy(to + (i * MS_PANEL_ROWS + r) * element, from[r] + i * element, element);
+  const uint32_t side = element == 2 ? 8 : 4, whole = rows->count == MS_PANEL_ROWS ? s->k / side * side : 0;
+  for (size_t k = 0; k < whole; k += side) {
+    for (uint32_t r = 0; r < MS_PANEL_ROWS; r += side) {
+      uint8_t *at = to + (k * MS_PANEL_ROWS + r) * element;
+      if (element == 2) {
+        u16x8 a[8];
+        for (uint32_t i = 0; i < 8; ++i) memcpy(&a[i], from[r + i] + k * 2, sizeof a[i]);
+        transpose8(a);
+        for (uint32_t i = 0; i < 8; ++i) memcpy(at + i * MS_PANEL_ROWS * 2, &a[i], sizeof a[i]);
+      } else {
+        u32x4 a[4];
+        for (uint32_t i = 0; i < 4; ++i) memcpy(&a[i], from[r + i] + k * 4, sizeof a[i]);
+        transpose4(a);
+        for (uint32_t i = 0; i < 4; ++i) memcpy(at + i * MS_PANEL_ROWS * 4, &a[i], sizeof a[i]);
+      }
     }
+  }
+  for (size_t k = whole; k < s->k; ++k) {
+    for (uint32_t r = 0; r < rows->count; ++r)
+      memcpy(to + (k * MS_PANEL_ROWS + r) * element, from[r] + k * element, element);
   }
 }
 
-// ---- all panels -----------------------------------------------------------------------------------------------------------
+// ---- all panels -----------------------------------------------------------------------------------------------------
 static int pack_panel(const MSWeightSource *s, const panel_rows *rows, uint8_t *to) {
   switch (s->format) {
     case MS_WEIGHT_DENSE:
       if (s->bits == 16) pack_dense(s, rows, 2, to);
       if (s->bits == 32) pack_dense(s, rows, 4, to);
       return -1;
-    case MS_WEIGHT_GGUF_Q4_0: return pack_gguf(s, rows, MS_WEIGHT_GGUF_Q4_0, to);
-    case MS_WEIGHT_GGUF_Q4_1: return pack_gguf(s, rows, MS_WEIGHT_GGUF_Q4_1, to);
-    case MS_WEIGHT_GGUF_Q8_0: return pack_gguf(s, rows, MS_WEIGHT_GGUF_Q8_0, to);
-    default: break;
+    case MS_WEIGHT_GGUF_Q4_0:
+      return pack_gguf(s, rows, MS_WEIGHT_GGUF_Q4_0, to);
+    case MS_WEIGHT_GGUF_Q4_1:
+      return pack_gguf(s, rows, MS_WEIGHT_GGUF_Q4_1, to);
+    case MS_WEIGHT_GGUF_Q8_0:
+      return pack_gguf(s, rows, MS_WEIGHT_GGUF_Q8_0, to);
+    default:
+      break;
   }
   switch (s->bits) {
-    case 2: pack_affine(s, rows, 2, to); break;
-    case 3: pack_affine(s, rows, 3, to); break;
-    case 4: pack_affine(s, rows, 4, to); break;
-    case 5: pack_affine(s, rows, 5, to); break;
-    case 6: pack_affine(s, rows, 6, to); break;
-    case 8: pack_affine(s, rows, 8, to); break;
-    default: break;  // not reached: ms_panel_problem
+    case 2:
+      pack_affine(s, rows, 2, to);
+      break;
+    case 3:
+      pack_affine(s, rows, 3, to);
+      break;
+    case 4:
+      pack_affine(s, rows, 4, to);
+      break;
+    case 5:
+      pack_affine(s, rows, 5, to);
+      break;
+    case 6:
+      pack_affine(s, rows, 6, to);
+      break;
+    case 8:
+      pack_affine(s, rows, 8, to);
+      break;
+    default:
+      break;  // not reached: ms_panel_problem
   }
   return -1;
 }
@@ -243,14 +302,20 @@ static void pack_share(void *context, int32_t thread, int32_t threads) {
 static const char *check_format(const MSWeightSource *s) {
   uint32_t bits = 0;
   switch (s->format) {
-    case MS_WEIGHT_DENSE: return ms_is_dense(s->bits) ? NULL : "a dense source has 16 or 32 bits";
+    case MS_WEIGHT_DENSE:
+      return ms_is_dense(s->bits) ? NULL : "a dense source has 16 or 32 bits";
     case MS_WEIGHT_AFFINE:
       if (ms_is_dense(s->bits)) return "an affine source has 2, 3, 4, 5, 6 or 8 bits";
       return s->scales && s->biases ? NULL : "an affine source needs scales and biases";
     case MS_WEIGHT_GGUF_Q4_0:
-    case MS_WEIGHT_GGUF_Q4_1: bits = 4; break;
-    case MS_WEIGHT_GGUF_Q8_0: bits = 8; break;
-    default: return "the format is not an ms_weight_format";
+    case MS_WEIGHT_GGUF_Q4_1:
+      bits = 4;
+      break;
+    case MS_WEIGHT_GGUF_Q8_0:
+      bits = 8;
+      break;
+    default:
+      return "the format is not an ms_weight_format";
   }
   if (s->bits == bits && s->group_size == GGUF_GROUP && s->dtype == MS_FLOAT16) return NULL;
   return bits == 4 ? "Q4_0 and Q4_1 become 4 bits in groups of 32 with float16 scales"
@@ -268,8 +333,8 @@ const char *ms_panel_pack(ms_pool *pool, const MSWeightSource *source, void *pan
   if (!problem) problem = check_format(s);
   if (!problem && !s->data) problem = "the source has no data";
   if (problem) {
-    snprintf(message, 256, "weight_pack: format %u, n %u, k %u, %u bits, groups of %u, dtype %u: %s", s->format, s->n, s->k, s->bits,
-             s->group_size, s->dtype, problem);
+    snprintf(message, 256, "weight_pack: format %u, n %u, k %u, %u bits, groups of %u, dtype %u: %s", s->format, s->n,
+             s->k, s->bits, s->group_size, s->dtype, problem);
     return message;
   }
   for (uint32_t i = 0; s->row_order && i < s->n; ++i) {
@@ -278,7 +343,8 @@ const char *ms_panel_pack(ms_pool *pool, const MSWeightSource *source, void *pan
       return message;
     }
   }
-  pack_job job = {.source = s, .panels = (uint8_t *)panels, .stride = ms_panel_stride(s->k, s->bits, s->group_size, s->dtype)};
+  pack_job job = {
+      .source = s, .panels = (uint8_t *)panels, .stride = ms_panel_stride(s->k, s->bits, s->group_size, s->dtype)};
   if (pool) {
     ms_pool_run(pool, pack_share, &job);
   } else {

@@ -1,4 +1,6 @@
-// A row of float32 into the streams of activation.h.
+// A row of float32 into the streams of linear_activation.h.
+#include "linear_activation.h"
+#include "linear_dot_body.h"
 
 // The largest |x| as bits: integers order magnitudes like floats do, with infinities and NaN above all else.
 MS_VEC int32_t largest_bits(const float *x, uint32_t n) {
@@ -7,8 +9,9 @@ MS_VEC int32_t largest_bits(const float *x, uint32_t n) {
   return __builtin_reduce_max(most);
 }
 
-// A group is x = scale * v, v the nearest integers, |v| <= 32639 (int16) or 127 (int8). A group with an infinity or a NaN has
-// scale NaN and v = 0, so that no product hides it. Below 2^-111 the scale stays: it is the least whose reciprocal is finite.
+// A group is x = scale * v, v the nearest integers, |v| <= 32639 (int16) or 127 (int8). A group with an infinity or a
+// NaN has scale NaN and v = 0, so that no product hides it. The scale is never below that of a largest |x| of 2^-111, so
+// that its reciprocal is finite: groups of smaller inputs are off by less than that scale.
 MS_VEC void quantise_group(const float *x, uint32_t group_size, int planes, uint8_t *to) {
 #pragma clang fp contract(off)  // x * inverse is rounded before it is rounded to an integer: with or without an fma
   const float limit = planes == 2 ? 32639.0f : 127.0f;
@@ -32,8 +35,8 @@ MS_VEC void quantise_group(const float *x, uint32_t group_size, int planes, uint
 
 static void MS_NAME(quantise_row)(const float *x, uint32_t k, uint32_t group_size, uint32_t arithmetic, uint8_t *to) {
   const size_t step = sizeof(MSActivationGroup) + (size_t)group_size * 2;
-#define MS_QUANTISE(size, planes)                                                               \
-  if (group_size == (size) && (arithmetic == MS_ARITHMETIC_INT16) == ((planes) == 2)) {         \
+#define MS_QUANTISE(size, planes)                                                                 \
+  if (group_size == (size) && (arithmetic == MS_ARITHMETIC_INT16) == ((planes) == 2)) {           \
     for (uint32_t i = 0; i < k; i += (size), to += step) quantise_group(x + i, size, planes, to); \
   }
   MS_QUANTISE(32, 2)

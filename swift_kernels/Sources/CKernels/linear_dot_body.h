@@ -1,12 +1,20 @@
 // Products of four unsigned weight bytes and four activations, summed per lane: what differs between instruction sets.
 //
-// An activation is an integer v of 15 bits and a sign (int16 arithmetic) or of 7 (int8). The sums are exact integers, so every
-// instruction set has the same. A quad of activations takes 8 bytes; how v lies in them is each set's own:
+// An activation is an integer v of 15 bits and a sign (int16 arithmetic) or of 7 (int8). The sums are exact integers
+// (at most 128 * 255 * 32639 < 2^31), so every instruction set has the same. A quad of activations takes 8 bytes; how v
+// lies in them is each set's own:
 //   AVX-512, NEON: four int8 hi, then four int8 lo, v = 256 * hi + lo (|v| <= 32639 keeps hi from reaching 128).
-//   AVX2: int16 k, k + 2, k + 1, k + 3, as vpmaddwd meets the even and the odd weight bytes. Portable: int16 in order.
+//   AVX2: int16 of k, k + 2, k + 1, k + 3, as vpmaddwd meets the even and the odd weight bytes. (vpmaddubsw on split
+//   bytes is slower, and saturates on 8-bit weights.)
+//   Portable: int16 in order.
+#ifndef METALSTEP_LINEAR_DOT_BODY_H
+#define METALSTEP_LINEAR_DOT_BODY_H
+#include "panel.h"
+
 enum { MS_QUAD_BYTES = 8 };
 
-// MS_LANES: rows of a panel in one register. MS_TILE_VECTORS: accumulators (registers of lanes times activation rows) in a tile.
+// MS_LANES: rows of a panel in one register. A tile has up to MS_TILE_ROWS rows and MS_TILE_VECTORS registers of
+// products.
 #if defined(MS_ISA_IS_AVX512)
 #define MS_LANES 16
 #define MS_TILE_ROWS 8
@@ -73,7 +81,9 @@ MS_VEC void dot(ms_sums *s, ms_words w, const uint8_t *x, int planes, uint32_t b
 #elif defined(MS_ISA_IS_NEON)
   // sdot is signed: 8-bit weights come as q - 128 (words_of_quad), and sum_of adds 128 times the sum of v.
   s->hi = vdotq_s32(s->hi, vreinterpretq_s8_u32(w), vreinterpretq_s8_s32(vdupq_n_s32(load_i32(x))));
-  if (planes == 2) s->lo = vdotq_s32(s->lo, vreinterpretq_s8_u32(w), vreinterpretq_s8_s32(vdupq_n_s32(load_i32(x + 4))));
+  if (planes == 2) {
+    s->lo = vdotq_s32(s->lo, vreinterpretq_s8_u32(w), vreinterpretq_s8_s32(vdupq_n_s32(load_i32(x + 4))));
+  }
 #else
   int16_t v[4];
   __builtin_memcpy(v, x, sizeof v);
@@ -95,7 +105,7 @@ MS_VEC ms_ints sum_of(ms_sums s, int planes, uint32_t bits, int32_t activations)
 #endif
 }
 
-// Quad `quad` of the block of `lanes` whose first words are at `block`, as unsigned bytes (NEON: 8 bits as q - 128).
+// Quad `quad` of a block for the lanes whose first words are at `block`, as unsigned bytes (NEON: 8 bits as q - 128).
 MS_VEC ms_words words_of_quad(const uint8_t *block, uint32_t bits, int quad) {
   if (bits == 8) {
     const ms_words w = load_words(block + quad * 64);
@@ -108,7 +118,8 @@ MS_VEC ms_words words_of_quad(const uint8_t *block, uint32_t bits, int quad) {
   const uint32_t low_bits = bits >= 4 ? 4 : 2, high_bits = bits - low_bits;
   const int low_quads = bits >= 4 ? 2 : 4;  // quads in a line
   const uint32_t low_mask = bits >= 4 ? 0x0f0f0f0f : 0x03030303;
-  const ms_words low = load_words(block + quad / low_quads * 64) >> (low_bits * (uint32_t)(quad % low_quads)) & low_mask;
+  const ms_words low =
+      load_words(block + quad / low_quads * 64) >> (low_bits * (uint32_t)(quad % low_quads)) & low_mask;
   if (high_bits == 0) return low;
   const uint8_t *high_lines = block + low_bits * 64;
   const int high_quads = high_bits == 1 ? 8 : 4;
@@ -155,8 +166,8 @@ MS_VEC void store_quads(uint8_t *to, i32x16 v, int planes) {
     hi = __builtin_convertvector((v + 128) >> 8, i8x16);
   }
   typedef int8_t i8x32 __attribute__((ext_vector_type(32)));
-  const i8x32 quads = __builtin_shufflevector(hi, lo, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23, 8, 9, 10, 11, 24, 25,
-                                              26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  const i8x32 quads = __builtin_shufflevector(hi, lo, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23, 8, 9, 10,
+                                              11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
 #else
   typedef int16_t i16x16 __attribute__((ext_vector_type(16)));
   i16x16 quads = __builtin_convertvector(v, i16x16);
@@ -166,3 +177,5 @@ MS_VEC void store_quads(uint8_t *to, i32x16 v, int planes) {
 #endif
   __builtin_memcpy(to, &quads, sizeof quads);
 }
+
+#endif
