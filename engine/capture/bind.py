@@ -42,7 +42,7 @@ def _cached(value: Value) -> tuple[Node | None, int]:
 
 def _scalar(value: Value) -> float | None:
     value = seen_through(value)
-    return value.data.item() if value.data is not None and value.data.size == 1 else None
+    return float(value.data.item()) if value.data is not None and value.data.size == 1 else None  # type: ignore[arg-type]
 
 
 def _unscaled(value: Value) -> tuple[Value, float]:
@@ -185,5 +185,8 @@ def _refuse_left_over(graph: Graph) -> None:
     for node in graph.nodes:
         if node.op == "mask":
             raise CaptureError(f"a window mask of {node.attrs['window']} tokens that something other than attention reads")
-        if node.op != "kv_write" and any(CACHED_LENGTH in v.shape for v in node.outputs):
-            raise CaptureError(f"{node.op} over all cached tokens outside of attention: its shape depends on the cache's length")
+        if node.op in ("kv_write", "attention"):
+            continue
+        reads_cache = node.op not in VIEWS and any(_cached(v)[0] for v in node.inputs)
+        if reads_cache or any(CACHED_LENGTH in v.shape for v in node.outputs):
+            raise CaptureError(f"{node.op} over all cached tokens outside of attention: it depends on the cache's length")

@@ -1,10 +1,11 @@
 """From an mlx-lm model to the graph of its step."""
 from __future__ import annotations
 
+import contextlib
 import linecache
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from metalstep.capture.trace import trace
 
 TRACED_ROWS = (2, 3)  # the fewest that tell sizes from numbers of rows
 CHECKED_ROWS = (7, 5)  # tokens and sampled rows that `capture` runs the passes for
-OWN_CODE = ("metalstep.", "mlx.")
+OWN_CODE = ("metalstep.", "mlx.", "contextlib")
 
 
 class CapturedModel:
@@ -32,8 +33,6 @@ class CapturedModel:
 
     def bound(self, tokens: int, sampled: int) -> Graph:
         """A graph of its own for these rows, before the passes. Raises: CaptureError."""
-        if not 1 <= sampled <= tokens:
-            raise ValueError(f"graph: sampled is {sampled}, expected 1 to {tokens} (tokens)")
         return bind(self._traces.at(tokens, sampled))
 
     def graph(self, tokens: int, sampled: int) -> Graph:
@@ -41,6 +40,8 @@ class CapturedModel:
 
         Raises: CaptureError naming the operation that cannot be captured; ValueError for row counts that do not fit.
         """
+        if not 1 <= sampled <= tokens:
+            raise ValueError(f"graph: sampled is {sampled}, expected 1 to {tokens} (tokens)")
         with self._lock:
             key = (tokens, sampled)
             if key not in self._graphs:
@@ -61,7 +62,6 @@ class CapturedModel:
         for node in graph.prepare:
             for value in node.inputs:
                 if value.kind == "weight" and value not in values:
-                    assert value.name is not None
                     values[value] = fetch(value.name)
             interpret([node], values, None, any_float=True)
         prepared = {v.name: values[v] for node in graph.prepare for v in node.outputs if v.kind == "weight" and v.name}
@@ -72,6 +72,7 @@ class CapturedModel:
 def capture(model: Any, model_type: str) -> CapturedModel:
     """Capture one step of `model`, an mlx-lm model, which is left as it was. No weight is evaluated.
 
+    The model must not run in another thread meanwhile; other models may. Captures of several threads take turns.
     model_type: as in the model's config.json; errors name it.
     Raises: CaptureError naming the model, the operation and the reason.
     """
@@ -82,20 +83,14 @@ def capture(model: Any, model_type: str) -> CapturedModel:
     return captured
 
 
-class _explained:
+@contextlib.contextmanager
+def _explained(model_type: str) -> Iterator[None]:
     """Turns what goes wrong inside into a CaptureError that names the model and the line of its code."""
-
-    def __init__(self, model_type: str):
-        self.model_type = model_type
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: Any) -> None:
-        if error is None or not isinstance(error, Exception):
-            return
+    try:
+        yield
+    except Exception as error:
         place = _place_in_model(error)
-        text = f"{self.model_type or 'the model'} cannot be captured: {_reason(error)}"
+        text = f"{model_type or 'the model'} cannot be captured: {_reason(error)}"
         raise CaptureError(f"{text} (in {place})" if place else text) from error
 
 

@@ -18,7 +18,7 @@ class Value:
     """One array of the step.
 
     node: what makes it, None for inputs, weights and constants. kind: "input", "weight", "const" or "temp". name: of an input or
-    weight. data: of a constant. rows: what the first axis counts, "tokens", "sampled" or None (set where the rows are solved,
+    weight, else empty. data: of a constant. rows: what the first axis counts, "tokens", "sampled" or None (set where the rows are solved,
     rows.py, and by the passes that make values).
     """
 
@@ -26,7 +26,7 @@ class Value:
     dtype: mx.Dtype
     node: Node | None = None
     kind: str = "temp"
-    name: str | None = None
+    name: str = ""
     data: mx.array | None = None
     rows: str | None = None
 
@@ -147,7 +147,7 @@ class Graph:
             if name in inputs:
                 values[value] = inputs[name]
         for node in self.prepare:
-            if node.out.name is not None and node.out.name in inputs:
+            if node.out.name and node.out.name in inputs:
                 values[node.out] = inputs[node.out.name]
             else:
                 interpret([node], values, cache)

@@ -56,7 +56,7 @@ class Marks:
         freqs: mx.array | None = None,
         **_: Any,
     ) -> mx.array:
-        if isinstance(offset, int) and offset == CACHED_LENGTH - x.shape[-2]:
+        if isinstance(offset, int) and offset == CACHED_LENGTH - x.shape[-2] and self.positions is not None:
             offset = self.positions  # the model derived it from the cached keys' shape
         if not isinstance(offset, mx.array):
             raise CaptureError(f"rope with the constant offset {offset}; expected the cache's offset")
@@ -169,15 +169,15 @@ def tracing() -> Iterator[Marks]:
         device = mx.default_device()
         try:
             mx.set_default_device(mx.cpu)
-            for function in (marks.rope, marks.rms_norm, marks.layer_norm, marks.scaled_dot_product_attention):
-                put(mx.fast, function.__name__, function)
+            for name in ("rope", "rms_norm", "layer_norm", "scaled_dot_product_attention"):
+                put(mx.fast, name, getattr(marks, name))
             put(mx, "dequantize", marks.dequantize)
             put(mx, "contiguous", lambda a, *_, **__: a)  # its arguments are not in the trace, and the graph has no layouts
             put(mx.metal, "is_available", lambda: False)
-            for owner in [mx.fast, *(m for name, m in list(sys.modules.items()) if name.startswith("mlx_lm.models"))]:
-                for function in (marks.gated_delta_update, marks.ssm_update):  # models import these by name
-                    if hasattr(owner, function.__name__):
-                        put(owner, function.__name__, function)
+            for owner in [mx.fast, *(m for path, m in list(sys.modules.items()) if path.startswith("mlx_lm.models"))]:
+                for name in ("gated_delta_update", "ssm_update"):  # models import these by name
+                    if hasattr(owner, name):
+                        put(owner, name, getattr(marks, name))
             yield marks
         finally:
             for owner, name, original in reversed(saved):

@@ -62,6 +62,11 @@ def args(node: Node) -> Any:
     return node.attrs["args"]
 
 
+def plain(function: Callable[..., mx.array]) -> Interpretation:
+    """A primitive without arguments, that MLX has a function for."""
+    return lambda node, _, *operands: function(*operands)
+
+
 def matmul(node: Node, _: Any, a: mx.array, b: mx.array) -> mx.array:
     """attrs["transpose"]: b is [n, k] and the product is a · bᵀ."""
     return a @ (b.swapaxes(-1, -2) if node.attrs["transpose"] else b)
@@ -122,6 +127,11 @@ def divide(node: Node, _: Any, a: mx.array, b: mx.array) -> mx.array:
     return a // b if a.dtype in INTEGERS else a / b
 
 
+def arange(node: Node, _: Any) -> mx.array:
+    start, stop, step = args(node)
+    return mx.arange(start, stop, step, dtype=node.out.dtype)
+
+
 def reshape(node: Node, _: Any, a: mx.array) -> mx.array:
     return a.reshape(node.out.shape)
 
@@ -131,10 +141,10 @@ def broadcast(node: Node, _: Any, a: mx.array, *shapes: mx.array) -> mx.array:
 
 
 PRIMITIVES: dict[str, Interpretation] = {
-    **{name: (lambda f: lambda node, _, *operands: f(*operands))(f) for name, f in PLAIN.items()},
+    **{name: plain(function) for name, function in PLAIN.items()},
     **dict.fromkeys(RESHAPES, reshape),
     "AddMM": lambda node, _, a, b, c: mx.addmm(c, a, b, *args(node)),  # args: [alpha, beta]
-    "Arange": lambda node, _: mx.arange(*args(node), dtype=node.out.dtype),
+    "Arange": arange,
     "ArgPartition": lambda node, _, a: mx.argpartition(a, *args(node)),  # args: [kth, axis]
     "ArgReduce": lambda node, _, a: (mx.argmin, mx.argmax)[args(node)[0]](a, args(node)[1], keepdims=True),
     "ArgSort": lambda node, _, a: mx.argsort(a, args(node)[0]),
@@ -144,7 +154,7 @@ PRIMITIVES: dict[str, Interpretation] = {
     ),
     "Broadcast": broadcast,
     "BroadcastAxes": broadcast,
-    "Concatenate": lambda node, _, *operands: mx.concatenate(operands, args(node)[0]),
+    "Concatenate": lambda node, _, *operands: mx.concatenate(list(operands), args(node)[0]),
     "Convolution": lambda node, _, a, w: (  # args: [stride, pad_lo, pad_hi, dilation, input_dilation, groups, flip]
         mx.conv_general(a, w, args(node)[0], (args(node)[1], args(node)[2]), *args(node)[3:])
     ),

@@ -25,30 +25,33 @@ def trace(model: Any, tokens: int) -> Graph:
     Recurrent models take a second trace, because the first one learns the shapes of their states.
     Raises: CaptureError, or what the model raises.
     """
-    names, arrays = zip(*tree_flatten(model.parameters()), strict=True)
-    ghosts = [mx.zeros(a.shape, a.dtype) for a in arrays]
-    inputs = [mx.zeros((tokens, 1), mx.int32), mx.zeros((tokens,), mx.int32), *ghosts]
-    real_caches = make_prompt_cache(model)
     states = RecurrentStates()
     while True:
-        events: list[dict[str, Any]] = []
-        states.written = {}
+        graph = _trace_once(model, tokens, states)
+        if states.known or not states.written:
+            return graph
+        states.known = {key: (tuple(a.shape), a.dtype) for key, a in states.written.items()}
+
+
+def _trace_once(model: Any, tokens: int, states: RecurrentStates) -> Graph:
+    events: list[dict[str, Any]] = []
+    states.written = {}
+    with tracing() as marks:
+        names, arrays = zip(*tree_flatten(model.parameters()), strict=True)
+        caches = make_prompt_cache(model)
 
         def step(ids: mx.array, positions: mx.array, *weights: mx.array) -> list[mx.array]:
             model.update(tree_unflatten(list(zip(names, weights, strict=True))))
             marks.positions = positions
-            cache = [stand_in(c, layer, marks, states) for layer, c in enumerate(real_caches)]
-            logits = model(ids, cache=cache)
+            logits = model(ids, cache=[stand_in(c, layer, marks, states) for layer, c in enumerate(caches)])
             return [getattr(logits, "logits", logits), *states.written.values()]
 
+        weights = [mx.zeros(a.shape, a.dtype) for a in arrays]
         try:
-            with tracing() as marks:
-                mx.export_function(events.append, step, *inputs)
+            mx.export_function(events.append, step, mx.zeros((tokens, 1), mx.int32), mx.zeros((tokens,), mx.int32), *weights)
         finally:
             model.update(tree_unflatten(list(zip(names, arrays, strict=True))))
-        if states.known or not states.written:
-            return graph_of(events, marks, names, list(states.written), tokens)
-        states.known = {key: (tuple(a.shape), a.dtype) for key, a in states.written.items()}
+    return graph_of(events, marks, names, list(states.written), tokens)
 
 
 def graph_of(events: Sequence[dict[str, Any]], marks: Marks, names: Sequence[str], state_keys: list[tuple], tokens: int) -> Graph:
@@ -104,5 +107,5 @@ def _marker_number(operands: Sequence[Value], passed_on: int) -> int | None:
     number = operands[passed_on]
     if number.data is None or number.data.size != 1 or number.dtype != mx.int32:
         return None
-    found = int(number.data.item()) - FIRST_NUMBER
+    found = int(number.data.item()) - FIRST_NUMBER  # type: ignore[arg-type]
     return found if found >= 0 else None

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Graph, Node, Value
@@ -141,7 +142,8 @@ class _Lowering:
                 last[row_view(value).root] = index[node]
         for value in self.graph.outputs:
             last[row_view(value).root] = end
-        lifetimes, shapes = [], {}
+        lifetimes: list[Lifetime] = []
+        shapes: dict[Any, tuple[int, int]] = {}
         for node in self.nodes:
             for value in node.outputs:
                 if is_handle(value, node.attrs.get("body", [node])):

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 from families import FAMILIES, VOCAB, build
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from steps import mixed_steps, reference, run
@@ -42,7 +42,7 @@ def check(graph, weights, references, steps, tolerance, stage):
 
 @pytest.mark.parametrize("quantized", [True, False], ids=["4bit", "float32"])
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=2)
+@settings(max_examples=2, phases=[Phase.explicit, Phase.generate])  # a failing schedule is small already
 @given(rows=st.integers(1, 12), takes=st.lists(st.integers(1, 9), min_size=1, max_size=3), sampled=st.integers(1, 3))
 @example(rows=16, takes=[1, 9, 4], sampled=3)  # prefill chunks, decodes and padding in one step
 def test_a_captured_step_computes_what_mlx_lm_does_after_every_pass(family, quantized, rows, takes, sampled):
@@ -64,9 +64,10 @@ def test_a_step_large_enough_for_expert_sorting_computes_the_same(family):
     check(captured.graph(40, 3), weights, references, steps, FAMILIES[family].tolerance, "all passes")
 
 
-@pytest.mark.parametrize("family", [name for name, f in FAMILIES.items() if f.tolerance == 0])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_prepared_weights_replace_what_they_were_computed_from(family):
     weights, captured, references = prepared(family, True)
     given_weights = {**weights, **captured.prepare(weights.__getitem__)}
     steps = mixed_steps([len(t) for t in TEXTS], 8, [3])
-    check(captured.graph(8, 3), given_weights, references, steps, BLAS_TOLERANCE, "all passes")
+    tolerance = max(FAMILIES[family].tolerance, BLAS_TOLERANCE)
+    check(captured.graph(8, 3), given_weights, references, steps, tolerance, "all passes")

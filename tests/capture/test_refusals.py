@@ -96,7 +96,7 @@ REFUSALS = {
     KeepsAnUnknownCache: r"layer 0 keeps its state in a QuantizedKVCache; known caches are KVCache,",
     KeepsTheFirstTokens: r"layer 0 has a rotating cache that keeps the first 4 tokens",
     ComputesItsMask: r"attention with a mask that the model computes",
-    AveragesItsCache: r"depends on the cache's length",
+    AveragesItsCache: r"Reduce over all cached tokens outside of attention",
     AttendsToItself: r"attention over keys that do not come from a cache",
     CountsRows: r"something else for 3 rows .* than for 2",
     Fails: r"KeyError: 'rope_theta' \(in test_refusals line \d+: raise KeyError",

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 
 from metalstep.capture.graph import Graph, Node, Value
 from metalstep.capture.step_ops import INTERPRETATIONS
@@ -42,7 +43,7 @@ def _share_equal(graph: Graph) -> None:
     same: dict[Value, Value] = {}
     for value in _constants(graph):
         assert value.data is not None
-        content = bytes(memoryview(value.data.reshape(-1).view(mx.uint8)))
+        content = np.array(value.data.reshape(-1).view(mx.uint8)).tobytes()
         same[value] = first.setdefault((value.shape, value.dtype, value.rows, content), value)
     for node in graph.nodes:
         node.inputs = [same.get(v, v) for v in node.inputs]
@@ -51,6 +52,8 @@ def _share_equal(graph: Graph) -> None:
 
 def _drop_equal_rows(graph: Graph) -> None:
     """A constant whose rows are all the same is one row, spread: then it does not depend on the number of rows."""
+    if graph.tokens == 1:
+        return  # one row does not tell
     spread = {value: _spread(value) for value in _constants(graph) if value.rows}
     for node in graph.nodes:
         node.inputs = [spread.get(v, v) for v in node.inputs]

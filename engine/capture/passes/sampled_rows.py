@@ -7,7 +7,15 @@ import mlx.core as mx
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Graph, Node, Uses, Value
-from metalstep.capture.passes.kinds import EXPERT_MATMULS, HEAVY, MATMULS, is_stored_outside, root, row_size, stays_in_row
+from metalstep.capture.passes.kinds import (
+    EXPERT_MATMULS,
+    HEAVY,
+    MATMULS,
+    is_stored_outside,
+    root,
+    row_size,
+    stays_in_row,
+)
 
 SEEN_LATER = HEAVY - MATMULS | {"kv_write"}
 

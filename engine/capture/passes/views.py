@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from metalstep.capture.graph import Graph, Node, Value
 from metalstep.capture.ops import RESHAPES
@@ -49,7 +50,7 @@ class _Views:
         """Note what a view node looks at. False when it needs a copy."""
         value, out = node.inputs[0], node.out
         root, offset, strides = self._look(value)
-        args = node.attrs.get("args")
+        args: Any = node.attrs.get("args")
         if node.op in (*RESHAPES, "StopGradient"):
             new = reshaped(value.shape, strides, out.shape)
             if new is None:
