@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from metalstep.model import Model
-from metalstep.native_model import NativeModel, SequenceRun
+from metalstep.native_model import NativeModel, SequenceRun, check_tokens
 from metalstep.sampling import SamplingParams
 
 REFUSED = {  # mlx-lm arguments without a native form, and what works instead
@@ -104,9 +104,12 @@ def stream_generate(
             raise NotImplementedError(f"{name}: {REFUSED[name]}")
     ids = _prompt_ids(tokenizer, prompt)
     if model.native is None:
+        if vocab_size := model.config.get("vocab_size"):  # MLX reads beyond the table
+            check_tokens(ids, vocab_size)
         return _eager(
-            model, tokenizer, ids, max_tokens, sampling, sampler, logits_processors, prompt_progress_callback, others
-        )
+            model, tokenizer, ids, max_tokens, sampling, sampler, logits_processors, prefill_step_size,
+            prompt_progress_callback, others,
+        )  # fmt: skip
     pick = _picker(sampler, logits_processors)
     return _native(
         model.native, tokenizer, ids, max_tokens, sampling, pick, prefill_step_size, prompt_progress_callback
@@ -155,7 +158,7 @@ def _picker(sampler: Callable | None, processors: list[Callable] | None) -> Pick
             row = processor(mx.array(tokens), row)
         logprobs = row - mx.logsumexp(row, axis=-1, keepdims=True)
         choice = sampler(logprobs) if sampler else mx.argmax(logprobs, axis=-1)
-        return int(choice.item())
+        return int(np.array(choice).reshape(-1)[0])
 
     return pick
 
@@ -210,10 +213,11 @@ def _eager(
     sampling: SamplingParams,
     sampler: Callable | None,
     processors: list[Callable] | None,
+    prefill_rows: int,
     progress: Callable[[int, int], None] | None,
     others: dict[str, Any],
-) -> Generator[GenerationResponse, None, None]:
-    """The same through mlx-lm's own loop."""
+) -> Generator[Any, None, None]:
+    """The same through mlx-lm's own loop, with its own GenerationResponse."""
     from mlx_lm.generate import stream_generate as mlx_stream_generate
     from mlx_lm.sample_utils import make_sampler
 
@@ -230,5 +234,6 @@ def _eager(
         max_tokens=max_tokens,
         sampler=sampler,
         logits_processors=processors,
+        prefill_step_size=prefill_rows,
         **extra,
     )

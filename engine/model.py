@@ -125,15 +125,16 @@ def load(
     checkpoint = open_checkpoint(path_or_hf_repo)
     try:
         checkpoint.config.update(model_config or {})
+        tokenizer = checkpoint.tokenizer(tokenizer_config)  # first: what it leaves free serves the rest of the load
         skeleton = build_model(checkpoint)
-        native, reason = None, "device='eager' was asked for"
+        native: NativeModel | None = None
+        reason: str | None = "device='eager' was asked for"
         if device != "eager":
             native, reason = _native(checkpoint, skeleton, threads, strict, arithmetic, kv_dtype, max_context)
         if native is None:
             # MLX's half-precision matmuls on the CPU take seconds per token and are inaccurate.
             cpu = mx.default_device() == mx.Device(mx.cpu)
             load_weights_eager(skeleton, checkpoint, dtype=mx.float32 if cpu else None)
-        tokenizer = checkpoint.tokenizer(tokenizer_config)
         return Model(checkpoint, skeleton, native, reason), tokenizer
     except BaseException:
         checkpoint.close()
@@ -166,10 +167,12 @@ def _native(
         return native, None
     except CaptureError as error:
         device.close()
+        model_type = checkpoint.config.get("model_type", "the model")
+        text = str(error) if str(error).startswith(model_type) else f"{model_type} has no native step yet: {error}"
         if strict:
-            raise
-        warnings.warn(f"{error}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)
-        return None, str(error)
+            raise CaptureError(f"{text}; load it without strict=True to run it through eager MLX") from error
+        warnings.warn(f"{text}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)
+        return None, text
     except BaseException:
         device.close()
         raise

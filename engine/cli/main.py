@@ -104,9 +104,12 @@ def show_warning(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """A warning without the source line that caused it."""
-    text = " ".join(str(message).split("\n"))
-    print(f"warning: {text}", file=file or sys.stderr)
+    """A warning without the source line that caused it; what to do (behind its first line's last semicolon) as a hint."""
+    first, *others = str(message).split("\n")
+    text, semicolon, hint = first.rpartition("; ")
+    print("warning: " + ". ".join([text if semicolon else first, *others]), file=file or sys.stderr)
+    if semicolon:
+        print(f"hint: {hint}", file=file or sys.stderr)
 
 
 if __name__ == "__main__":

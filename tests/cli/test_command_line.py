@@ -51,14 +51,23 @@ def test_version_prints_what_results_depend_on(capsys):
         (["generate"], "the following arguments are required: --model"),
         (["generate", "--model", "m", "--prompt", "p", "--frobnicate"], "unrecognized arguments: --frobnicate"),
         (["generate", "--model", "m", "--prompt", "p", "--temp", "hot"], "argument --temp: invalid float value: 'hot'"),
-        (["generate", "--model", "m", "--prompt", "p", "--temp", "nan"], "temperature is nan, expected a finite number"),
+        (
+            ["generate", "--model", "m", "--prompt", "p", "--temp", "nan"],
+            "temperature is nan, expected a finite number",
+        ),
         (["generate", "--model", "m", "--prompt", "p", "--top-p", "1.5"], "top_p is 1.5"),
         (["generate", "--model", "m", "--prompt", "p", "--seed", "-1"], "seed is -1"),
         (["generate", "--model", "m", "--prompt", "p", "--max-tokens", "0"], "--max-tokens is 0"),
         (["generate", "--model", "m", "--prompt", "p", "--max-tokens", "-2"], "--max-tokens is -2"),
         (["generate", "--model", "m", "--prompt", ""], "the prompt is empty"),
-        (["generate", "--model", "m", "--prompt", "p", "--device", "abacus"], "argument --device: invalid choice: 'abacus'"),
-        (["generate", "--model", "m", "--prompt", "p", "--threads", "0"], "argument --threads: '0' is not an integer above 0"),
+        (
+            ["generate", "--model", "m", "--prompt", "p", "--device", "abacus"],
+            "argument --device: invalid choice: 'abacus'",
+        ),
+        (
+            ["generate", "--model", "m", "--prompt", "p", "--threads", "0"],
+            "argument --threads: '0' is not an integer above 0",
+        ),
         (["generate", "--model", "m", "--prompt", "p", "--chat-template-config", "[1]"], "'[1]' is not a JSON object"),
         (["generate", "--model", "m", "--prompt", "p", "--verbose", "maybe"], "'maybe' is neither true nor false"),
         (["explain"], "the following arguments are required: MODEL"),
@@ -89,7 +98,14 @@ def test_a_missing_model_file_is_one_line(capsys, tmp_path):
 
 def test_what_to_do_becomes_the_hint(capsys):
     report(ValueError("weight has shape (32,), expected (64,); pass this layer's own weight"))
-    assert capsys.readouterr().err == "error: weight has shape (32,), expected (64,)\nhint: pass this layer's own weight\n"
+    assert (
+        capsys.readouterr().err == "error: weight has shape (32,), expected (64,)\nhint: pass this layer's own weight\n"
+    )
+
+
+def test_a_warning_is_one_line_and_a_hint(capsys):
+    command.show_warning("no launcher: looked for x; run make build\nRunning eagerly.", RuntimeWarning, "f.py", 1)
+    assert capsys.readouterr().err == "warning: no launcher: looked for x. Running eagerly.\nhint: run make build\n"
 
 
 def test_a_message_of_the_system_is_not_split(capsys):

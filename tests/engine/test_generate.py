@@ -174,12 +174,15 @@ def test_arguments_without_a_native_form_are_refused_by_name(smollm2, name):
         tokens(smollm2, "x", colour="red")
 
 
-def test_a_full_context_ends_with_length(smollm2):
-    model, tokenizer = smollm2
-    prompt = [28] * (model.native.max_context - 3)
-    responses = list(stream_generate(model, tokenizer, prompt, max_tokens=-1))
-    assert responses[-1].finish_reason == "length" or responses[-1].token in tokenizer.eos_token_ids
-    assert len(responses) <= 4
+def test_a_full_context_ends_with_length():
+    model, tokenizer = metalstep.load("smollm2", strict=True, max_context=40)
+    with model:
+        prompt = tokenizer.encode("one two three four five six seven eight nine ten eleven twelve")
+        responses = list(stream_generate(model, tokenizer, prompt, max_tokens=-1, temp=1.0, seed=5))
+        assert responses[-1].finish_reason == "length"
+        assert len(prompt) + len(responses) == model.native.max_context + 1  # the last token needs no place in the cache
+        with pytest.raises(ValueError, match="do not fit into the context"):
+            next(stream_generate(model, tokenizer, [1] * 60))
 
 
 def test_the_model_is_callable(smollm2):
