@@ -80,7 +80,7 @@ lint: $(VENV)/.installed-dev $(if $(filter no-swift,$(NATIVE)),no-swift,build/.n
 	$(BIN)/ruff check engine kernels metal plugin tests setup.py
 	@rm -rf build/typing && mkdir -p build/typing/metalstep
 	@ln -s $(CURDIR)/engine/* $(CURDIR)/kernels $(CURDIR)/metal $(CURDIR)/plugin build/typing/metalstep/
-	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p metalstep
+	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy_cache -p metalstep
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
 
 build/.native-lint: $(NATIVE_SOURCES)
