@@ -29,7 +29,7 @@ MS_VEC int32_t MS_NAME(row_begin)(const MS_NAME(attention) * a, int32_t end) {
 MS_VEC uint32_t MS_NAME(split_size)(int32_t lo, int32_t hi) {
   const uint64_t length = (uint64_t)(hi - lo);
   uint64_t size = MS_ATTN_LEAST_SPLIT;
-  while (size < MS_ATTN_CHUNK && size * 8 < length) size *= 2;
+  while (size < MS_ATTN_CHUNK && size * 4 < length) size *= 2;
   while (size * (MS_ATTN_SPLITS - 2) < length) size *= 2;  // one boundary more than the length asks for may lie inside
   return (uint32_t)size;
 }

@@ -42,20 +42,15 @@ typedef struct {
   ms_ints hi, lo;
 } ms_sums;
 
-// a * b + c in one fixed way: what the compiler fuses by itself may differ from one tile to the next, and rows with it.
-#if defined(MS_ISA_IS_PORTABLE)
+// As vfma (vec.h), on a register of lanes.
 MS_VEC ms_floats multiply_add(ms_floats a, ms_floats b, ms_floats c) {
+#if defined(MS_ISA_IS_PORTABLE)
 #pragma clang fp contract(off)
   return a * b + c;
-}
-MS_VEC f32x16 multiply_add16(f32x16 a, f32x16 b, f32x16 c) {
-#pragma clang fp contract(off)
-  return a * b + c;
-}
 #else
-MS_VEC ms_floats multiply_add(ms_floats a, ms_floats b, ms_floats c) { return __builtin_elementwise_fma(a, b, c); }
-MS_VEC f32x16 multiply_add16(f32x16 a, f32x16 b, f32x16 c) { return __builtin_elementwise_fma(a, b, c); }
+  return __builtin_elementwise_fma(a, b, c);
 #endif
+}
 
 MS_VEC ms_words load_words(const void *p) {
   ms_words w;

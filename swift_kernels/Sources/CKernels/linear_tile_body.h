@@ -119,7 +119,7 @@ MS_VEC void dense_panels(const MS_NAME(linear_tile) * t, uint32_t first, uint32_
       if (dtype == MS_BFLOAT16) weights = vload_bf16((const uint16_t *)(const void *)at);
       MS_UNROLL for (int m = 0; m < mt; ++m) {
         const float *x = (const float *)(const void *)(t->x + (size_t)m * t->x_stride);
-        sum[m * panels + p] = multiply_add16(weights, vsplat(x[k]), sum[m * panels + p]);
+        sum[m * panels + p] = vfma(weights, vsplat(x[k]), sum[m * panels + p]);
       }
     }
   }

@@ -40,7 +40,7 @@ static void MS_NAME(run_row_instr)(const MS_NAME(program) * p, const MSInstr *in
       break;
     case MS_OP_ROPE: MS_NAME(rope)(dst, a, b, in); break;
     case MS_OP_RMS_NORM:
-    case MS_OP_LAYER_NORM: MS_NAME(norm)(dst, a, b, c, in); break;
+    case MS_OP_LAYER_NORM: MS_NAME(norm)(dst, a, b, in->op == MS_OP_LAYER_NORM ? c : NULL, in); break;
     case MS_OP_SOFTMAX: MS_NAME(softmax)(dst, a, n, in->inner); break;
     case MS_OP_REDUCE: MS_NAME(reduce)(dst, a, n, in->inner, in->dims[0]); break;
     case MS_OP_KV_WRITE:
@@ -96,7 +96,7 @@ static void MS_NAME(run_elementwise)(const MSInstr *in, uint32_t n, float *dst, 
     MS_UNARY(MS_OP_COPY, x)
     MS_UNARY(MS_OP_NEG, -x)
     MS_UNARY(MS_OP_ABS, vabs(x))
-    MS_UNARY(MS_OP_SIGN, ((x == 0.0f) | (x != x)) ? x : vcopysign(vsplat(1), x))
+    MS_UNARY(MS_OP_SIGN, x > 0.0f ? vsplat(1) : x < 0.0f ? vsplat(-1) : vsplat(0))
     MS_UNARY(MS_OP_SQUARE, x * x)
     MS_UNARY(MS_CUBE, x * x * x)
     MS_UNARY(MS_OP_SQRT, vsqrt(x))
@@ -158,7 +158,7 @@ static void MS_NAME(run_instrs)(const MS_NAME(program) * p, const MSInstr *instr
     uint32_t steps[3];
     for (uint32_t i = 0; i < 3; ++i) {
       operands[i] = numbers[i] == MS_NONE ? NULL : p->regs + (size_t)numbers[i] * p->stride;
-      steps[i] = 16;
+      steps[i] = operands[i] == NULL ? 0 : 16;  // an absent operand is not advanced: NULL + 16 is undefined
       if (in->imm >> i & 1) {
         vstore(scalars[i], vsplat(immediates[i]));
         operands[i] = scalars[i];

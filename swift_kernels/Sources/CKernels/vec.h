@@ -54,7 +54,15 @@ MS_VEC f32x16 vfirst(f32x16 v, uint32_t n, f32x16 fill) {
   return lane < (int32_t)n ? v : fill;
 }
 
-MS_VEC f32x16 vfma(f32x16 a, f32x16 b, f32x16 c) { return a * b + c; }
+// Fused by name: left to the compiler, one tile might be fused and another not, and a row's bits would depend on its batch.
+MS_VEC f32x16 vfma(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(MS_ISA_IS_PORTABLE)
+#pragma clang fp contract(off)
+  return a * b + c;
+#else
+  return __builtin_elementwise_fma(a, b, c);
+#endif
+}
 // The second operand when one is NaN: one instruction on x86. See vmax_nan where NaN must survive.
 MS_VEC f32x16 vmax(f32x16 a, f32x16 b) { return a > b ? a : b; }
 MS_VEC f32x16 vmin(f32x16 a, f32x16 b) { return a < b ? a : b; }
