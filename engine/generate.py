@@ -12,7 +12,8 @@ import mlx.core as mx
 import numpy as np
 
 from metalstep.model import Model
-from metalstep.native_model import NativeModel, SequenceRun, check_tokens
+from metalstep.native_model import NativeModel, check_tokens
+from metalstep.plan.logits import Logits
 from metalstep.sampling import SamplingParams
 
 REFUSED = {  # mlx-lm arguments without a native form, and what works instead
@@ -39,7 +40,7 @@ class GenerationResponse:
         self,
         text: str,
         token: int,
-        logits: np.ndarray,
+        logits: Logits,
         prompt_tokens: int,
         prompt_tps: float,
         generation_tokens: int,
@@ -59,7 +60,7 @@ class GenerationResponse:
     @cached_property
     def logprobs(self) -> mx.array:
         """Log-probabilities of the whole vocabulary before the token was picked, computed when read."""
-        wide = self._logits.astype(np.float64)
+        wide = self._logits.numpy().astype(np.float64)
         wide -= wide.max()
         return mx.array((wide - np.log(np.exp(wide).sum())).astype(np.float32))
 
@@ -176,7 +177,9 @@ def _native(
     run = model.start(sampling)
     try:
         started = time.perf_counter()
-        token = _choose(run, run.prefill(ids, progress, prefill_rows).token, pick, ids, [])
+        token = run.prefill(ids, progress, prefill_rows).token
+        if pick is not None:
+            token = pick(ids.tolist(), run.logits.numpy())
         prompt_tps = len(ids) / (time.perf_counter() - started)
         started = time.perf_counter()
         detokenizer, stops = tokenizer.detokenizer, set(tokenizer.eos_token_ids)
@@ -196,13 +199,11 @@ def _native(
             )
             if finish:
                 return
-            token = _choose(run, run.decode(token).token, pick, ids, generated)
+            token = run.decode(token).token
+            if pick is not None:
+                token = pick([*ids.tolist(), *generated], run.logits.numpy())
     finally:
         run.close()
-
-
-def _choose(run: SequenceRun, token: int, pick: Picker | None, ids: np.ndarray, generated: list[int]) -> int:
-    return token if pick is None else pick([*ids.tolist(), *generated], run.logits)
 
 
 def _eager(

@@ -1,6 +1,7 @@
 """A captured model on a device: its weights, its cache, its plans, and the steps of a sequence."""
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from metalstep.explain import explain_plan
 from metalstep.kernels import params
 from metalstep.kernels.native import NativeDevice
 from metalstep.kv_cache import BLOCK_SIZE, PagedKVCache, Sequence
+from metalstep.plan.decode_inputs import DecodeInputs
+from metalstep.plan.logits import Logits
 from metalstep.plan.lower import Sizes, lower
 from metalstep.plan.plan import Plan, StepArrays, StepBatch
 from metalstep.plan.weights import WeightStore
@@ -26,10 +29,11 @@ LOGITS_ROWS = 64  # rows of a step that gives every row's logits
 MAX_SEQS = 64  # sequences in one step
 KV_MEMORY_FRACTION = 0.5  # of the free memory, when max_context is not given
 GREEDY = SamplingParams(seed=0)
+RUN_NAMES = itertools.count()  # of sequences in this process
 SHAPE_ROWS = Sizes(tokens=7, sampled=5)  # any row counts: a lowered graph's rows are data
 
 
-@dataclass
+@dataclass(slots=True)
 class Token:
     """A sampled token; logprob under the model's own distribution; rank 1 is the most likely."""
 
@@ -79,7 +83,8 @@ class NativeModel:
         if self.model_context:
             self.max_context = min(self.max_context, self.model_context)
         self.decode_plan = self.plan(1, 1)
-        self.vocab_size = self.decode_plan.logits.shape[1]
+        self.decode_inputs = DecodeInputs(self.decode_plan)
+        self.vocab_size = self.decode_plan.vocab_size
 
     def _make_cache(self, max_context: int | None, kv_dtype: str) -> PagedKVCache:
         if max_context is not None and max_context < 1:
@@ -164,8 +169,8 @@ class SequenceRun:
         self._model = model
         self.sampling = sampling
         self._state = _State()
-        self._plan = model.decode_plan
-        self.logits: np.ndarray = np.empty(0, np.float32)
+        self._name = next(RUN_NAMES)
+        self.logits = Logits(np.empty(0, np.float32))
 
     @property
     def length(self) -> int:
@@ -214,8 +219,7 @@ class SequenceRun:
             plan = self._model.plan(1, 1) if len(chunk) == 1 else self._model.plan(PREFILL_ROWS, 1)
             batch = self.batch(chunk, [len(chunk) - 1])
             with self._model._lock:
-                result = plan.run(batch)[0]
-                self._keep(plan, result)
+                self._keep(plan, *plan.run(batch)[0].item())
             self.advance(len(chunk))
         if progress:
             progress(len(tokens), len(tokens))
@@ -223,40 +227,23 @@ class SequenceRun:
 
     def decode(self, token: int) -> Token:
         """Feed `token` and sample the one behind it."""
-        state, arrays = self._state, self._plan.arrays
+        model, state = self._model, self._state
         sequence = state.sequence
-        position = sequence.length
-        if position >= self._model.max_context:
+        position, blocks = sequence.length, sequence.blocks
+        if position >= model.max_context:
             self.reserve(position + 1)
-        if position == len(sequence.blocks) * BLOCK_SIZE:
-            self._model.cache.grow(sequence, position + 1)
-        sampling = self.sampling
-        seed = sampling.seed or 0
-        with self._model._lock:
-            arrays.step[:3] = 1
-            arrays.tokens[0] = token
-            arrays.positions[0] = position
-            arrays.seq_ids[0] = 0
-            arrays.slot_mapping[0] = sequence.slot(position)
-            arrays.block_tables[0, : len(sequence.blocks)] = sequence.blocks
-            arrays.sampled_rows[0] = 0
-            arrays.sampling[0] = (
-                sampling.temperature,
-                sampling.top_p,
-                sampling.min_p,
-                sampling.top_k,
-                seed & 0xFFFFFFFF,
-                seed >> 32,
-                state.counter,
-            )
-            self._keep(self._plan, self._plan.replay()[0])
+        if position == len(blocks) * BLOCK_SIZE:
+            model.cache.grow(sequence, position + 1)
+        owner, slot = (self._name, len(blocks)), sequence.slot(position)
+        with model._lock:
+            result = model.decode_inputs.step(owner, self.sampling, blocks, token, position, slot, state.counter)
+            self._keep(model.decode_plan, *result)
         sequence.length = position + 1
         return self._token
 
-    def _keep(self, plan: Plan, result: np.void) -> None:
-        """Copy what the next step overwrites. Called with the model's lock held."""
-        token, logprob, rank, status = result.item()
-        self.logits = plan.logits[0].copy()
+    def _keep(self, plan: Plan, token: int, logprob: float, rank: int, status: int) -> None:
+        """Hold on to what the next step overwrites. Called with the model's lock held."""
+        self.logits = plan.lend_logits()
         if status != params.MS_SAMPLE_OK:
             raise RuntimeError(
                 "the model's logits are not finite, so no token can be sampled; its weights or the prompt drive it out of range"

@@ -123,11 +123,13 @@ def describe_decode(result: dict[str, Any]) -> list[str]:
 
 
 def launches(argv: list[str]) -> int:
+    from metalstep.bench.host_time import bench_host_time
     from metalstep.bench.launches import bench_launches
 
     p = Parser(
         "metalstep bench launches",
-        "Time of each kind of launch in a decode step; each launch is waited for, so the total is an upper bound.",
+        "Time of each kind of launch in a decode step (each is waited for, so the total is an upper bound), and how much of a "
+        "generated token passes outside the native call.",
     )
     p.add_argument("--model", default="smollm2", metavar="MODEL", help="the model (default: smollm2)")
     p.add_argument("--context", type=positive, default=64, metavar="N", help="tokens in the cache (default: 64)")
@@ -137,9 +139,10 @@ def launches(argv: list[str]) -> int:
     args = p.parse_args(argv)
     if not args.json:
         print_head(args.model, f"context {args.context}, {args.steps} steps, medians")
-    model, _ = load_model(args)
+    model, tokenizer = load_model(args)
     with model:
         result = bench_launches(model, context=args.context, steps=args.steps)
+        result["generation"] = bench_host_time(model, tokenizer, tokens=args.steps)
     emit(result, args.json, describe_launches)
     return 0
 
@@ -155,7 +158,13 @@ def describe_launches(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"{row['count']:6} {row['kernel']:12} {row['us']:8.1f} {share:6.1%} {row['gb_s']:6.1f}  {row['ops']}"
         )
-    return [*lines, f"{'':19} {result['total_us']:8.1f}"]
+    lines.append(f"{'':19} {result['total_us']:8.1f}")
+    if token := result.get("generation"):
+        lines.append(
+            f"a generated token: {token['token_us']:.0f} µs, of which {token['host_us']:.0f} µs ({token['host_share']:.1%}) "
+            "outside the native call"
+        )
+    return lines
 
 
 def quality(argv: list[str]) -> int:

@@ -2,14 +2,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Rows
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from metalstep.kernels import params
-from metalstep.kernels.launch import Buffer
+from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.native import NativeDevice
 from metalstep.kernels.step import StepBuffers
+from metalstep.plan.logits import Logits, LogitsRing
 from metalstep.plan.lower import Lowered, Sizes
 from metalstep.sampling import SamplingParams
 
@@ -85,9 +86,11 @@ class StepArrays:
         self.sampling: np.ndarray = views["sampling"]
         self.sampled: np.ndarray = views["sampled"]
         self.step[3] = max_blocks
+        self.owner: object = None  # whose decode the arrays are filled for (DecodeInputs); None: a batch's
 
     def write(self, batch: StepBatch) -> None:
         """Put a step's rows in place. The caller has checked that they fit."""
+        self.owner = None
         rows, sampled = len(batch.tokens), len(batch.sampled_rows)
         self.step[0], self.step[1], self.step[2] = rows, sampled, len(batch.block_tables)
         self.tokens[:rows] = batch.tokens
@@ -98,20 +101,36 @@ class StepArrays:
             self.block_tables[i, : len(blocks)] = blocks
         self.sampled_rows[:sampled] = batch.sampled_rows
         for i, (sampling, counter) in enumerate(zip(batch.sampling, batch.counters, strict=True)):
-            seed = sampling.seed or 0
-            self.sampling[i] = (
-                sampling.temperature,
-                sampling.top_p,
-                sampling.min_p,
-                sampling.top_k,
-                seed & 0xFFFFFFFF,
-                seed >> 32,
-                counter,
-            )
+            self.sampling[i] = _sampling_record(sampling, counter)
+
+    def fill_one(self, sampling: SamplingParams, blocks: Rows[int]) -> None:
+        """What stays the same from one decode step of a lone sequence to the next."""
+        self.step[:3] = 1
+        self.seq_ids[0] = 0
+        self.block_tables[0, : len(blocks)] = blocks
+        self.sampled_rows[0] = 0
+        self.sampling[0] = _sampling_record(sampling, 0)
+
+
+def _sampling_record(sampling: SamplingParams, counter: int) -> tuple[float, float, float, int, int, int, int]:
+    """The fields of MSSampling."""
+    seed = sampling.seed or 0
+    return (
+        sampling.temperature,
+        sampling.top_p,
+        sampling.min_p,
+        sampling.top_k,
+        seed & 0xFFFFFFFF,
+        seed >> 32,
+        counter,
+    )
 
 
 class Plan:
-    """The native plan of one lowered graph, its step arrays and where its logits are."""
+    """The native plan of one lowered graph, its step arrays and where its logits are.
+
+    A plan of one row has two places for logits and uses them in turn (see LogitsRing).
+    """
 
     def __init__(self, device: NativeDevice, lowered: Lowered, arrays: StepArrays, sizes: Sizes):
         self.sizes = sizes
@@ -119,9 +138,29 @@ class Plan:
         self.launches = lowered.launches
         self.arena_bytes = lowered.arena.nbytes
         self._device = device
-        self._native = device.create_plan([entry.launch for entry in lowered.launches], sizes.tokens, sizes.sampled)
-        vocab = lowered.logits.shape[1]
-        self.logits: np.ndarray = device.numpy(lowered.logits, np.float32, (sizes.sampled, vocab))
+        launches = [entry.launch for entry in lowered.launches]
+        places = [lowered.logits]  # in the arena, where another step's values may overlap them
+        if sizes.tokens == 1:
+            owners = [device.create_buffer(lowered.logits.nbytes) for _ in range(2)]
+            places = [replace(lowered.logits, handle=owner.handle, offset=0) for owner in owners]
+        self._native = [
+            device.create_plan(_rebound(launches, lowered.logits, place), sizes.tokens, sizes.sampled) for place in places
+        ]
+        shape = (sizes.sampled, lowered.logits.shape[1])
+        self._ring = LogitsRing([device.numpy(place, np.float32, shape) for place in places])
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.logits.shape[1])
+
+    @property
+    def logits(self) -> np.ndarray:
+        """What the latest step left: float32 [max_sampled, vocab], valid until the next step."""
+        return self._ring.views[self._ring.current]
+
+    def lend_logits(self) -> Logits:
+        """The first row of the latest step's logits, for longer than the next step."""
+        return self._ring.lend()
 
     def run(self, batch: StepBatch) -> np.ndarray:
         """One step; returns the sampled rows' results (SAMPLED), valid until the next step of this plan.
@@ -134,16 +173,23 @@ class Plan:
                 f"{self.sizes.tokens} and {self.sizes.sampled}"
             )
         self.arrays.write(batch)
-        return self.replay()[: len(batch.sampled_rows)]
+        self.replay()
+        return self.arrays.sampled[: len(batch.sampled_rows)]
 
-    def replay(self) -> np.ndarray:
-        """One step on what the arrays hold already; returns all results (SAMPLED)."""
-        self._native.wait(self._native.run(1))
-        return self.arrays.sampled
+    def replay(self) -> None:
+        """One step on what the arrays hold already."""
+        native = self._native[self._ring.advance()]
+        native.wait(native.run(1))
 
     def profile(self) -> list[int]:
         """Nanoseconds of each launch in one step on what the arrays hold, barriers included."""
-        return self._native.profile()
+        return self._native[self._ring.advance()].profile()
 
     def close(self) -> None:
-        self._native.close()
+        for native in self._native:
+            native.close()
+
+
+def _rebound(launches: list[Launch], old: Buffer, new: Buffer) -> list[Launch]:
+    """The launches with buffer `new` where they bind `old`."""
+    return [replace(x, bindings=[new if buffer == old else buffer for buffer in x.bindings]) for x in launches]

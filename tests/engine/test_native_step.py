@@ -28,10 +28,9 @@ def test_fifty_tokens_need_no_mlx(smollm2, without_mlx, options):
 
 def test_a_decode_step_is_one_native_call(smollm2, monkeypatch):
     model, tokenizer = smollm2
-    plan = model.native.decode_plan._native
     calls = []
-    run = plan.run
-    monkeypatch.setattr(plan, "run", lambda steps: calls.append(steps) or run(steps))
+    for plan in model.native.decode_plan._native:
+        monkeypatch.setattr(plan, "run", lambda steps, run=plan.run: calls.append(steps) or run(steps))
     produced = list(metalstep.stream_generate(model, tokenizer, "The sea is", max_tokens=12))
     assert sum(calls) == len(produced) - 1  # the first token comes with the prompt
 

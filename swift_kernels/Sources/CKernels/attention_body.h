@@ -107,12 +107,13 @@ static void MS_NAME(soften)(const MSAttentionParams *p, float *scores, const MS_
 }
 
 MS_VEC uint32_t MS_NAME(clip)(int32_t x, uint32_t lo, uint32_t hi) {
-  return x < (int64_t)lo ? lo : x > (int64_t)hi ? hi : (uint32_t)x;
+  return x<(int64_t)lo ? lo : x>(int64_t) hi ? hi : (uint32_t)x;
 }
 
 // values of a kv head's queries += weights of a chunk's [lo, hi): positions that all rows of some queries see together, others
 // row by row. Each query's positions come in ascending order either way.
-static void MS_NAME(weigh_head)(const MS_NAME(attention_tile) * t, float *values, uint32_t chunk, uint32_t lo, uint32_t hi) {
+static void MS_NAME(weigh_head)(const MS_NAME(attention_tile) * t, float *values, uint32_t chunk, uint32_t lo,
+                                uint32_t hi) {
   const uint32_t queries = t->rows * t->group;
   for (uint32_t j = 0, nr; j < queries; j += nr) {
     nr = MS_NAME(tile_width)(queries - j);
@@ -120,7 +121,8 @@ static void MS_NAME(weigh_head)(const MS_NAME(attention_tile) * t, float *values
     uint32_t from = MS_NAME(clip)(t->lo[last], lo, hi), to = MS_NAME(clip)(t->hi[first], lo, hi);
     if (from >= to) from = to = hi;  // nothing in common
     for (uint32_t i = j; i < j + nr; ++i) {
-      const uint32_t begin = MS_NAME(clip)(t->lo[i / t->group], lo, from), end = MS_NAME(clip)(t->hi[i / t->group], lo, from);
+      const uint32_t begin = MS_NAME(clip)(t->lo[i / t->group], lo, from),
+                     end = MS_NAME(clip)(t->hi[i / t->group], lo, from);
       if (begin < end) MS_NAME(weigh_queries)(t, values, i, chunk, begin, end, 1);
     }
     if (from < to) MS_NAME(weigh_queries)(t, values, j, chunk, from, to, nr);
@@ -139,8 +141,8 @@ MS_VEC void MS_NAME(set_head)(MS_NAME(attention_tile) * t, uint32_t head, uint32
 }
 
 // Positions [lo, hi) of one chunk for some kv heads, `stride` positions of one head before those of the next.
-static void MS_NAME(attend_chunk)(MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part, uint32_t chunk, uint32_t lo,
-                                  uint32_t hi, uint32_t first_head, uint32_t end_head, uint32_t stride) {
+static void MS_NAME(attend_chunk)(MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part, uint32_t chunk,
+                                  uint32_t lo, uint32_t hi, uint32_t first_head, uint32_t end_head, uint32_t stride) {
   const uint32_t queries = t->rows * t->group, dtype = t->p->kv_dtype;
   for (uint32_t at = lo & ~15u; at < hi; at += stride) {
     const uint32_t end = hi - at < stride ? hi : at + stride;
@@ -159,7 +161,8 @@ static void MS_NAME(attend_chunk)(MS_NAME(attention_tile) * t, const MS_NAME(att
     MS_NAME(set_head)(t, head, first_head);
     for (uint32_t j = 0; j < queries; ++j) {
       const uint32_t from = MS_NAME(clip)(t->lo[j / t->group], lo, hi), to = MS_NAME(clip)(t->hi[j / t->group], lo, hi);
-      if (from < to) MS_NAME(soften)(t->p, t->scores + (size_t)j * MS_ATTN_CHUNK, part, head * queries + j, chunk, from, to);
+      if (from < to)
+        MS_NAME(soften)(t->p, t->scores + (size_t)j * MS_ATTN_CHUNK, part, head * queries + j, chunk, from, to);
     }
   }
   for (uint32_t at = lo; at < hi;) {
@@ -174,7 +177,8 @@ static void MS_NAME(attend_chunk)(MS_NAME(attention_tile) * t, const MS_NAME(att
 
 // One split of a tile, from nothing. A single row takes its kv heads together, since their keys lie side by side in memory; for
 // several, a head's scores fill the cache.
-static void MS_NAME(attend_split)(MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part, int32_t lo, int32_t hi) {
+static void MS_NAME(attend_split)(MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part, int32_t lo,
+                                  int32_t hi) {
   const uint32_t heads = t->p->num_kv_heads, queries = heads * t->rows * t->group;
   memset(part->values, 0, (size_t)queries * t->p->value_dim * sizeof(float));
   for (uint32_t j = 0; j < queries; ++j) part->max[j] = -__FLT_MAX__, part->sum[j] = 0;
@@ -192,7 +196,8 @@ static void MS_NAME(attend_split)(MS_NAME(attention_tile) * t, const MS_NAME(att
 }
 
 // total becomes the result over its positions and those of `next`, which follow them.
-static void MS_NAME(merge_parts)(const MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * total, const MS_NAME(attention_part) * next) {
+static void MS_NAME(merge_parts)(const MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * total,
+                                 const MS_NAME(attention_part) * next) {
   const uint32_t dim = t->p->value_dim, queries = t->p->num_kv_heads * t->rows * t->group;
   for (uint32_t j = 0; j < queries; ++j) {
     float *to = total->values + (size_t)j * dim;
@@ -234,8 +239,8 @@ static void MS_NAME(finish_tile)(const MS_NAME(attention_tile) * t, const MS_NAM
 }
 
 // A tile with its queries scaled.
-static void MS_NAME(begin_tile)(const MS_NAME(attention) * a, const MS_NAME(attention_span) * s, const ms_host_args *args,
-                                MS_NAME(attention_tile) * t) {
+static void MS_NAME(begin_tile)(const MS_NAME(attention) * a, const MS_NAME(attention_span) * s,
+                                const ms_host_args *args, MS_NAME(attention_tile) * t) {
   const MSAttentionParams *p = a->p;
   const uint32_t group = p->num_q_heads / p->num_kv_heads, n = group * p->head_dim;
   *t = (MS_NAME(attention_tile)){
@@ -262,7 +267,8 @@ static void MS_NAME(begin_tile)(const MS_NAME(attention) * a, const MS_NAME(atte
 }
 
 // A tile that this thread has for itself.
-static void MS_NAME(attend_whole)(MS_NAME(attention_tile) * t, const MS_NAME(attention_span) * s, const ms_host_args *args) {
+static void MS_NAME(attend_whole)(MS_NAME(attention_tile) * t, const MS_NAME(attention_span) * s,
+                                  const ms_host_args *args) {
   float *memory = t->all_scores + ms_attention_tile_scores(t->p);
   const MS_NAME(attention_part) total = MS_NAME(part_at)(t->p, memory);
   const MS_NAME(attention_part) next = MS_NAME(part_at)(t->p, memory + ms_attention_part(t->p));
@@ -281,8 +287,9 @@ MS_VEC uint64_t MS_NAME(piece_thread)(uint64_t at, uint64_t cost, uint64_t total
 }
 
 // This thread's splits of a tile that several threads share, into parts [split].
-static void MS_NAME(attend_pieces)(const MS_NAME(attention) * a, MS_NAME(attention_tile) * t, const MS_NAME(attention_span) * s,
-                                   float *parts, uint64_t at, uint64_t total, const ms_host_args *args) {
+static void MS_NAME(attend_pieces)(const MS_NAME(attention) * a, MS_NAME(attention_tile) * t,
+                                   const MS_NAME(attention_span) * s, float *parts, uint64_t at, uint64_t total,
+                                   const ms_host_args *args) {
   for (uint32_t i = 0; i < s->splits; ++i) {
     const uint64_t cost = MS_NAME(split_cost)(a, s, i);
     if (MS_NAME(piece_thread)(at, cost, total, (uint64_t)args->threads) == (uint64_t)args->thread) {
@@ -295,7 +302,8 @@ static void MS_NAME(attend_pieces)(const MS_NAME(attention) * a, MS_NAME(attenti
   }
 }
 
-static void MS_NAME(merge_pieces)(const MS_NAME(attention_tile) * t, uint32_t splits, float *parts, const ms_host_args *args) {
+static void MS_NAME(merge_pieces)(const MS_NAME(attention_tile) * t, uint32_t splits, float *parts,
+                                  const ms_host_args *args) {
   const MS_NAME(attention_part) total = MS_NAME(part_at)(t->p, parts);
   for (uint32_t i = 1; i < splits; ++i) {
     const MS_NAME(attention_part) next = MS_NAME(part_at)(t->p, parts + i * ms_attention_part(t->p));
@@ -310,8 +318,12 @@ static void MS_NAME(merge_pieces)(const MS_NAME(attention_tile) * t, uint32_t sp
 void MS_NAME(ms_attention)(const ms_host_args *args) {
   const MSAttentionParams *p = args->constants;
   void *const *buffers = args->buffers;
-  const MS_NAME(attention) a = {p, buffers[MS_ATTN_STEP], buffers[MS_ATTN_POSITIONS], buffers[MS_ATTN_SEQ_IDS],
-                                buffers[MS_ATTN_BLOCK_TABLES], ms_attention_tile_rows(p)};
+  const MS_NAME(attention) a = {p,
+                                buffers[MS_ATTN_STEP],
+                                buffers[MS_ATTN_POSITIONS],
+                                buffers[MS_ATTN_SEQ_IDS],
+                                buffers[MS_ATTN_BLOCK_TABLES],
+                                ms_attention_tile_rows(p)};
   const uint32_t rows = a.step->num_tokens;
   const uint64_t thread = (uint64_t)args->thread, threads = (uint64_t)args->threads;
   uint64_t total = 0, at = 0;

@@ -10,12 +10,12 @@
 #include "params.h"
 
 enum {
-  MS_ATTN_CHUNK = 256,      // positions whose scores are kept at once
-  MS_ATTN_STRIDE = 64,      // of them, those of one kv head before those of the next, for a single row
-  MS_ATTN_AHEAD = 64,       // positions between what is read and what is fetched
-  MS_ATTN_LEAST_SPLIT = 32, // positions; short contexts are cut finer, so that all threads have work
-  MS_ATTN_SPLITS = 65,      // of a row at most 64; a tile's rows are neighbours and have one more
-  MS_ATTN_TILE = 24,        // queries (rows x heads of a group) that share the loads of keys and values
+  MS_ATTN_CHUNK = 256,       // positions whose scores are kept at once
+  MS_ATTN_STRIDE = 64,       // of them, those of one kv head before those of the next, for a single row
+  MS_ATTN_AHEAD = 64,        // positions between what is read and what is fetched
+  MS_ATTN_LEAST_SPLIT = 32,  // positions; short contexts are cut finer, so that all threads have work
+  MS_ATTN_SPLITS = 65,       // of a row at most 64; a tile's rows are neighbours and have one more
+  MS_ATTN_TILE = 24,         // queries (rows x heads of a group) that share the loads of keys and values
   MS_ATTN_TILE_ROWS = 12,
 };
 

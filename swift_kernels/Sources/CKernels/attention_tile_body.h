@@ -22,13 +22,13 @@ typedef struct {
   const void *keys, *values;  // planes
   const int32_t *table;       // the sequence's blocks
   uint32_t block_shift;
-  uint32_t row, rows;         // of the step
-  uint32_t group;             // q heads of a kv head
+  uint32_t row, rows;                                    // of the step
+  uint32_t group;                                        // q heads of a kv head
   int32_t lo[MS_ATTN_TILE_ROWS], hi[MS_ATTN_TILE_ROWS];  // positions that a row sees
-  float *all_queries;         // [queries, head_dim], scaled
-  float *all_scores;          // [queries, MS_ATTN_CHUNK], of some kv heads
-  uint32_t kv_head;           // the one that is worked on:
-  float *queries, *scores;    // its own
+  float *all_queries;                                    // [queries, head_dim], scaled
+  float *all_scores;                                     // [queries, MS_ATTN_CHUNK], of some kv heads
+  uint32_t kv_head;                                      // the one that is worked on:
+  float *queries, *scores;                               // its own
 } MS_NAME(attention_tile);
 
 MS_VEC f32x16 MS_NAME(load_kv)(const void *plane, size_t at, const uint32_t dtype) {
@@ -54,8 +54,8 @@ MS_VEC size_t MS_NAME(value_at)(const MS_NAME(attention_tile) * t, uint32_t posi
 }
 
 // Scores of `nr` queries from j against the 16 * nv positions from `at`. ahead: what to fetch for the next call.
-MS_VEC void MS_NAME(score)(const MS_NAME(attention_tile) * t, uint32_t j, uint32_t at, uint32_t ahead, float *scores, const uint32_t nr,
-                           const uint32_t nv, const uint32_t dtype) {
+MS_VEC void MS_NAME(score)(const MS_NAME(attention_tile) * t, uint32_t j, uint32_t at, uint32_t ahead, float *scores,
+                           const uint32_t nr, const uint32_t nv, const uint32_t dtype) {
   const uint32_t dim = t->p->head_dim, stride = t->p->block_size;
   const float *q = t->queries + (size_t)j * dim;
   f32x16 sum[12][8];
@@ -82,8 +82,8 @@ MS_VEC void MS_NAME(score)(const MS_NAME(attention_tile) * t, uint32_t j, uint32
 }
 
 // values[i] += weights of positions [lo, hi) times their values, elements [e, e + 16 * nv), for `nr` queries.
-MS_VEC void MS_NAME(weigh)(const MS_NAME(attention_tile) * t, float *values, const float *weights, uint32_t lo, uint32_t hi, uint32_t e,
-                           const uint32_t nr, const uint32_t nv, const uint32_t dtype) {
+MS_VEC void MS_NAME(weigh)(const MS_NAME(attention_tile) * t, float *values, const float *weights, uint32_t lo,
+                           uint32_t hi, uint32_t e, const uint32_t nr, const uint32_t nv, const uint32_t dtype) {
   const uint32_t dim = t->p->value_dim, last = (uint32_t)t->hi[t->rows - 1] - 1;
   f32x16 sum[12][8];
   MS_UNROLL for (uint32_t i = 0; i < nr; ++i) {
@@ -123,22 +123,23 @@ MS_VEC uint32_t MS_NAME(tile_width)(uint32_t queries) {
 }
 
 // Scores of a kv head's queries against positions [at, end) of a chunk; at is a multiple of 16, end is rounded up to one.
-MS_VEC void MS_NAME(score_head)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t at, uint32_t end, const uint32_t dtype) {
+MS_VEC void MS_NAME(score_head)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t at, uint32_t end,
+                                const uint32_t dtype) {
   const uint32_t queries = t->rows * t->group;
   for (uint32_t j = 0, nr; j < queries; j += nr) {
     nr = MS_NAME(tile_width)(queries - j);
     float *scores = t->scores + (size_t)j * MS_ATTN_CHUNK;
     for (uint32_t from = at; from < end;) {
       switch (nr) {
-#define MS_CASE(nr_, nk_, nv_)                                                                                   \
-  case nr_:                                                                                                      \
-    if (from + 16 * nk_ <= end + 15) {                                                                           \
-      MS_NAME(score)(t, j, from, from + MS_ATTN_AHEAD, scores + (from - chunk), nr_, nk_, dtype);                     \
-      from += 16 * nk_;                                                                                          \
-    } else {                                                                                                     \
-      MS_NAME(score)(t, j, from, from + MS_ATTN_AHEAD, scores + (from - chunk), nr_, 1, dtype);                             \
-      from += 16;                                                                                                \
-    }                                                                                                            \
+#define MS_CASE(nr_, nk_, nv_)                                                                    \
+  case nr_:                                                                                       \
+    if (from + 16 * nk_ <= end + 15) {                                                            \
+      MS_NAME(score)(t, j, from, from + MS_ATTN_AHEAD, scores + (from - chunk), nr_, nk_, dtype); \
+      from += 16 * nk_;                                                                           \
+    } else {                                                                                      \
+      MS_NAME(score)(t, j, from, from + MS_ATTN_AHEAD, scores + (from - chunk), nr_, 1, dtype);   \
+      from += 16;                                                                                 \
+    }                                                                                             \
     break;
         MS_TILES(MS_CASE)
 #undef MS_CASE
@@ -148,26 +149,26 @@ MS_VEC void MS_NAME(score_head)(const MS_NAME(attention_tile) * t, uint32_t chun
 }
 
 // values of `nr` queries from j += weights of positions [lo, hi) of a chunk times their values.
-static void MS_NAME(weigh_queries)(const MS_NAME(attention_tile) * t, float *values, uint32_t j, uint32_t chunk, uint32_t lo, uint32_t hi,
-                               uint32_t nr) {
+static void MS_NAME(weigh_queries)(const MS_NAME(attention_tile) * t, float *values, uint32_t j, uint32_t chunk,
+                                   uint32_t lo, uint32_t hi, uint32_t nr) {
   const uint32_t dim = t->p->value_dim, dtype = t->p->kv_dtype;
   const float *weights = t->scores + (size_t)j * MS_ATTN_CHUNK + (lo - chunk);
   float *to = values + (size_t)j * dim;
   for (uint32_t e = 0; e < dim;) {
 #define MS_WEIGH(nr_, nv_, dtype_) MS_NAME(weigh)(t, to, weights, lo, hi, e, nr_, nv_, dtype_)
-#define MS_CASE(nr_, nk_, nv_)                                                          \
-  case nr_:                                                                             \
-    if (e + 16 * nv_ <= dim) {                                                          \
-      if (dtype == MS_FLOAT16) MS_WEIGH(nr_, nv_, MS_FLOAT16);                          \
-      if (dtype == MS_BFLOAT16) MS_WEIGH(nr_, nv_, MS_BFLOAT16);                        \
-      if (dtype == MS_FLOAT32) MS_WEIGH(nr_, nv_, MS_FLOAT32);                          \
-      e += 16 * nv_;                                                                    \
-    } else {                                                                            \
-      if (dtype == MS_FLOAT16) MS_WEIGH(nr_, 1, MS_FLOAT16);                            \
-      if (dtype == MS_BFLOAT16) MS_WEIGH(nr_, 1, MS_BFLOAT16);                          \
-      if (dtype == MS_FLOAT32) MS_WEIGH(nr_, 1, MS_FLOAT32);                            \
-      e += 16;                                                                          \
-    }                                                                                   \
+#define MS_CASE(nr_, nk_, nv_)                                   \
+  case nr_:                                                      \
+    if (e + 16 * nv_ <= dim) {                                   \
+      if (dtype == MS_FLOAT16) MS_WEIGH(nr_, nv_, MS_FLOAT16);   \
+      if (dtype == MS_BFLOAT16) MS_WEIGH(nr_, nv_, MS_BFLOAT16); \
+      if (dtype == MS_FLOAT32) MS_WEIGH(nr_, nv_, MS_FLOAT32);   \
+      e += 16 * nv_;                                             \
+    } else {                                                     \
+      if (dtype == MS_FLOAT16) MS_WEIGH(nr_, 1, MS_FLOAT16);     \
+      if (dtype == MS_BFLOAT16) MS_WEIGH(nr_, 1, MS_BFLOAT16);   \
+      if (dtype == MS_FLOAT32) MS_WEIGH(nr_, 1, MS_FLOAT32);     \
+      e += 16;                                                   \
+    }                                                            \
     break;
     switch (nr) { MS_TILES(MS_CASE) }
 #undef MS_CASE

@@ -11,16 +11,12 @@
 #endif
 
 #if defined(__x86_64__)
-#define MS_SETS(kernel)                                                                     \
-  {                                                                                         \
-    [MS_ISA_PORTABLE] = kernel##_portable, [MS_ISA_AVX2] = kernel##_avx2, [MS_ISA_AVX512] = kernel##_avx512 \
-  }
+#define MS_SETS(kernel) \
+  {[MS_ISA_PORTABLE] = kernel##_portable, [MS_ISA_AVX2] = kernel##_avx2, [MS_ISA_AVX512] = kernel##_avx512}
 #elif defined(__aarch64__)
-#define MS_SETS(kernel) \
-  { [MS_ISA_PORTABLE] = kernel##_portable, [MS_ISA_NEON] = kernel##_neon }
+#define MS_SETS(kernel) {[MS_ISA_PORTABLE] = kernel##_portable, [MS_ISA_NEON] = kernel##_neon}
 #else
-#define MS_SETS(kernel) \
-  { [MS_ISA_PORTABLE] = kernel##_portable }
+#define MS_SETS(kernel) {[MS_ISA_PORTABLE] = kernel##_portable}
 #endif
 
 static const ms_host_kernel kernels[] = {
@@ -43,7 +39,8 @@ const char *ms_host_isa_name(int32_t isa) { return isa < 0 || isa >= MS_ISA_COUN
 // Whether this machine runs what the set's translation unit is compiled for (its target attribute).
 static bool has_isa(int32_t isa) {
   switch (isa) {
-    case MS_ISA_PORTABLE: return true;
+    case MS_ISA_PORTABLE:
+      return true;
 #if defined(__x86_64__)
     case MS_ISA_AVX2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
@@ -52,11 +49,14 @@ static bool has_isa(int32_t isa) {
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi");
 #elif defined(__aarch64__) && defined(__APPLE__)
-    case MS_ISA_NEON: return true;  // every Apple chip that runs a supported macOS has dot products
+    case MS_ISA_NEON:
+      return true;  // every Apple chip that runs a supported macOS has dot products
 #elif defined(__aarch64__) && defined(__linux__)
-    case MS_ISA_NEON: return (getauxval(AT_HWCAP) & (1ul << 20)) != 0;  // HWCAP_ASIMDDP
+    case MS_ISA_NEON:
+      return (getauxval(AT_HWCAP) & (1ul << 20)) != 0;  // HWCAP_ASIMDDP
 #endif
-    default: return false;
+    default:
+      return false;
   }
 }
 
@@ -71,6 +71,7 @@ int32_t ms_host_isa(char message[256]) {
     if (wanted && strcmp(wanted, isa_names[isa]) == 0) return isa;
   }
   if (wanted == NULL || *wanted == '\0') return best;
-  snprintf(message, 256, "METALSTEP_CPU is '%.40s'; this machine has %s: name one of these, or unset it", wanted, present);
+  snprintf(message, 256, "METALSTEP_CPU is '%.40s'; this machine has %s: name one of these, or unset it", wanted,
+           present);
   return -1;
 }

@@ -149,8 +149,7 @@ static bool start_workers(ms_pool *pool) {
   pool->forks = atomic_load(&fork_count);
   sigfillset(&all);
   pthread_sigmask(SIG_SETMASK, &all, &before);
-  while (started < pool->threads &&
-         pthread_create(&pool->handles[started], NULL, work, &pool->workers[started]) == 0) {
+  while (started < pool->threads && pthread_create(&pool->handles[started], NULL, work, &pool->workers[started]) == 0) {
     ++started;
   }
   pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -223,8 +222,8 @@ void ms_pool_run(ms_pool *pool, ms_pool_body body, void *context) {
   cpu_set_t before;
   // A caller that is on its processor already stays there: the others are busy. This saves three system calls, 5 us, a job;
   // one that is moved all the same is pinned from its next job on.
-  const bool pinned = pool->pinned && sched_getcpu() != pool->cpus.order[0] &&
-                      sched_getaffinity(0, sizeof before, &before) == 0;
+  const bool pinned =
+      pool->pinned && sched_getcpu() != pool->cpus.order[0] && sched_getaffinity(0, sizeof before, &before) == 0;
   if (pinned) pin(pool, 0);
 #endif
   pool->body = body;

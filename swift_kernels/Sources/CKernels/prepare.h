@@ -3,7 +3,7 @@
 #define METALSTEP_PREPARE_H
 #include "host_kernels.h"
 
-#define MS_PREPARE(kernel)                                                                                          \
+#define MS_PREPARE(kernel)                                                                                            \
   const char *ms_##kernel##_prepare(const void *constants, uint32_t const_bytes, uint32_t binds, uint32_t max_tokens, \
                                     uint32_t max_sampled, int32_t threads, ms_scratch *scratch, char message[256])
 MS_PREPARE(linear);

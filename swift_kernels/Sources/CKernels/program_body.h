@@ -18,14 +18,20 @@ MS_VEC int64_t MS_NAME(row_start)(const MS_NAME(program) * p, const MSInstr *in)
   return in->offset + p->column + row * in->row_stride;
 }
 
-static void MS_NAME(run_row_instr)(const MS_NAME(program) * p, const MSInstr *in, uint32_t n, float *dst, const float *a,
-                                   const float *b, const float *c) {
+static void MS_NAME(run_row_instr)(const MS_NAME(program) * p, const MSInstr *in, uint32_t n, float *dst,
+                                   const float *a, const float *b, const float *c) {
   void *const *buffers = p->args->buffers;
   switch (in->op) {
-    case MS_OP_LOAD: MS_NAME(load_row)(dst, buffers[in->slot], MS_NAME(row_start)(p, in), n, in->dtype); break;
-    case MS_OP_STORE: MS_NAME(store_row)(a, buffers[in->slot], MS_NAME(row_start)(p, in), n, in->dtype); break;
+    case MS_OP_LOAD:
+      MS_NAME(load_row)(dst, buffers[in->slot], MS_NAME(row_start)(p, in), n, in->dtype);
+      break;
+    case MS_OP_STORE:
+      MS_NAME(store_row)(a, buffers[in->slot], MS_NAME(row_start)(p, in), n, in->dtype);
+      break;
     case MS_OP_GATHER:
-    case MS_OP_SCATTER: MS_NAME(strided_copy)(dst, a, in); break;
+    case MS_OP_SCATTER:
+      MS_NAME(strided_copy)(dst, a, in);
+      break;
     case MS_OP_EMBEDDING: {
       const int32_t token = ((const int32_t *)buffers[MS_SLOT_TOKENS])[p->row];
       if (token >= 0 && (uint32_t)token < in->dims[3]) {
@@ -38,42 +44,52 @@ static void MS_NAME(run_row_instr)(const MS_NAME(program) * p, const MSInstr *in
     case MS_OP_ROPE_ANGLES:
       MS_NAME(rope_angles)(dst, b, in, ((const int32_t *)buffers[MS_SLOT_POSITIONS])[p->row]);
       break;
-    case MS_OP_ROPE: MS_NAME(rope)(dst, a, b, in); break;
+    case MS_OP_ROPE:
+      MS_NAME(rope)(dst, a, b, in);
+      break;
     case MS_OP_RMS_NORM:
-    case MS_OP_LAYER_NORM: MS_NAME(norm)(dst, a, b, in->op == MS_OP_LAYER_NORM ? c : NULL, in); break;
-    case MS_OP_SOFTMAX: MS_NAME(softmax)(dst, a, n, in->inner); break;
-    case MS_OP_REDUCE: MS_NAME(reduce)(dst, a, n, in->inner, in->dims[0]); break;
+    case MS_OP_LAYER_NORM:
+      MS_NAME(norm)(dst, a, b, in->op == MS_OP_LAYER_NORM ? c : NULL, in);
+      break;
+    case MS_OP_SOFTMAX:
+      MS_NAME(softmax)(dst, a, n, in->inner);
+      break;
+    case MS_OP_REDUCE:
+      MS_NAME(reduce)(dst, a, n, in->inner, in->dims[0]);
+      break;
     case MS_OP_KV_WRITE:
       MS_NAME(kv_write)(a, b, in, ((const int32_t *)buffers[MS_SLOT_SLOT_MAPPING])[p->row], buffers[in->slot],
                         buffers[in->slot2]);
       break;
-    default: break;  // not reached: ms_program_check
+    default:
+      break;  // not reached: ms_program_check
   }
 }
 
-#define MS_EACH(op_, lines_)                                  \
-  case op_:                                                   \
-    for (uint32_t i = 0; i < n; i += 16, a += as, b += bs) {  \
-      lines_;                                                 \
-    }                                                         \
+#define MS_EACH(op_, lines_)                                 \
+  case op_:                                                  \
+    for (uint32_t i = 0; i < n; i += 16, a += as, b += bs) { \
+      lines_;                                                \
+    }                                                        \
     break;
 #define MS_UNARY(op_, result_) MS_EACH(op_, const f32x16 x = vload(a); vstore(dst + i, result_))
-#define MS_BINARY(op_, result_) MS_EACH(op_, const f32x16 x = vload(a); const f32x16 y = vload(b); vstore(dst + i, result_))
+#define MS_BINARY(op_, result_) \
+  MS_EACH(op_, const f32x16 x = vload(a); const f32x16 y = vload(b); vstore(dst + i, result_))
 #define MS_TRUTH(op_, condition_) MS_BINARY(op_, (condition_) ? vsplat(1) : vsplat(0))
 // Rare functions, by libm. The last vector's padding is left as it is.
-#define MS_LIBM(op_, result_)                                               \
-  case op_:                                                                 \
-    for (uint32_t i = 0; i < n; ++i) {                                      \
-      const float x = a[as ? i : 0];                                        \
-      dst[i] = (result_);                                                   \
-    }                                                                       \
+#define MS_LIBM(op_, result_)          \
+  case op_:                            \
+    for (uint32_t i = 0; i < n; ++i) { \
+      const float x = a[as ? i : 0];   \
+      dst[i] = (result_);              \
+    }                                  \
     break;
-#define MS_LIBM2(op_, result_)                                              \
-  case op_:                                                                 \
-    for (uint32_t i = 0; i < n; ++i) {                                      \
-      const float x = a[as ? i : 0], y = b[bs ? i : 0];                     \
-      dst[i] = (result_);                                                   \
-    }                                                                       \
+#define MS_LIBM2(op_, result_)                          \
+  case op_:                                             \
+    for (uint32_t i = 0; i < n; ++i) {                  \
+      const float x = a[as ? i : 0], y = b[bs ? i : 0]; \
+      dst[i] = (result_);                               \
+    }                                                   \
     break;
 
 MS_VEC float MS_NAME(remainder)(float x, float y) {
@@ -88,8 +104,8 @@ MS_VEC float MS_NAME(logaddexp)(float x, float y) {
 }
 
 // Elementwise: n elements, operands advance by as, bs, cs elements a vector (0: a scalar repeated).
-static void MS_NAME(run_elementwise)(const MSInstr *in, uint32_t n, float *dst, const float *a, uint32_t as, const float *b,
-                                     uint32_t bs, const float *c, uint32_t cs) {
+static void MS_NAME(run_elementwise)(const MSInstr *in, uint32_t n, float *dst, const float *a, uint32_t as,
+                                     const float *b, uint32_t bs, const float *c, uint32_t cs) {
   uint32_t op = in->op;
   if (op == MS_OP_POW && !bs && (b[0] == 2.0f || b[0] == 3.0f)) op = b[0] == 2.0f ? MS_OP_SQUARE : MS_CUBE;
   switch (op) {
@@ -143,7 +159,8 @@ static void MS_NAME(run_elementwise)(const MSInstr *in, uint32_t n, float *dst, 
         vstore(dst + i, vload(a) != 0.0f ? vload(b) : vload(c));
       }
       break;
-    default: break;  // not reached: ms_program_check
+    default:
+      break;  // not reached: ms_program_check
   }
 }
 
@@ -174,16 +191,17 @@ static void MS_NAME(run_instrs)(const MS_NAME(program) * p, const MSInstr *instr
 }
 
 // A row program on one row. regs: the scratch row, 64-byte aligned, MS_PROGRAM_SLACK elements longer than its registers.
-static void MS_NAME(run_program)(const MSInstr *instrs, uint32_t count, float *regs, const ms_host_args *args, uint32_t row) {
+static void MS_NAME(run_program)(const MSInstr *instrs, uint32_t count, float *regs, const ms_host_args *args,
+                                 uint32_t row) {
   const MS_NAME(program) program = {regs, 1, 0, 0, row, args};
   MS_NAME(run_instrs)(&program, instrs, count);
 }
 
 // An epilogue on columns [column, column + width) of one row: register r is regs + r * stride, stride a multiple of 16.
 // LOAD and STORE add `column` to the element offset; n == 0 means width.
-__attribute__((unused)) static void MS_NAME(run_epilogue)(const MSInstr *instrs, uint32_t count, float *regs, uint32_t stride,
-                                                          uint32_t width, uint32_t column, const ms_host_args *args,
-                                                          uint32_t row) {
+__attribute__((unused)) static void MS_NAME(run_epilogue)(const MSInstr *instrs, uint32_t count, float *regs,
+                                                          uint32_t stride, uint32_t width, uint32_t column,
+                                                          const ms_host_args *args, uint32_t row) {
   const MS_NAME(program) program = {regs, stride, width, column, row, args};
   MS_NAME(run_instrs)(&program, instrs, count);
 }

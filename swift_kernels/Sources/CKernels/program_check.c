@@ -13,14 +13,14 @@ typedef struct {
   char *message;  // 256 bytes
 } checked;
 
-#define MS_REQUIRE(condition, ...)                                      \
-  do {                                                                  \
-    if (!(condition)) return complain(k, __VA_ARGS__);                  \
+#define MS_REQUIRE(condition, ...)                     \
+  do {                                                 \
+    if (!(condition)) return complain(k, __VA_ARGS__); \
   } while (0)
-#define MS_PASS(check)                       \
-  do {                                       \
-    const char *wrong_ = (check);            \
-    if (wrong_ != NULL) return wrong_;       \
+#define MS_PASS(check)                 \
+  do {                                 \
+    const char *wrong_ = (check);      \
+    if (wrong_ != NULL) return wrong_; \
   } while (0)
 
 __attribute__((format(printf, 2, 3))) static const char *complain(const checked *k, const char *format, ...) {
@@ -78,8 +78,8 @@ static const char *strided(const checked *k, uint32_t base) {
     if (reach > 0) most += reach;
   }
   MS_REQUIRE(count == in->n, "dims multiply to %llu, n is %u", (unsigned long long)count, in->n);
-  MS_REQUIRE(least >= 0 && base + (uint64_t)most < k->registers, "elements %lld to %lld of register %u leave the scratch row",
-             (long long)least, (long long)most, base);
+  MS_REQUIRE(least >= 0 && base + (uint64_t)most < k->registers,
+             "elements %lld to %lld of register %u leave the scratch row", (long long)least, (long long)most, base);
   return NULL;
 }
 
@@ -108,7 +108,8 @@ static const char *check_kv_write(const checked *k) {
 static const char *check_rope(const checked *k) {
   const MSInstr *in = k->in;
   MS_PASS(spans(k));
-  MS_REQUIRE(in->dims[0] > 0 && in->dims[0] <= in->inner / 2, "rotates 2 * %u elements of heads of %u", in->dims[0], in->inner);
+  MS_REQUIRE(in->dims[0] > 0 && in->dims[0] <= in->inner / 2, "rotates 2 * %u elements of heads of %u", in->dims[0],
+             in->inner);
   MS_PASS(result(k, in->n));
   MS_PASS(operand(k, "a", in->a, in->n, in->n));
   return operand(k, "b", in->b, 2 * (uint64_t)in->dims[0], in->n);
@@ -131,7 +132,8 @@ static const char *check_row_instr(const checked *k) {
   MS_REQUIRE(in->imm == 0, "takes no scalar operands");
   switch (in->op) {
     case MS_OP_LOAD:
-    case MS_OP_STORE: return check_buffer_instr(k);
+    case MS_OP_STORE:
+      return check_buffer_instr(k);
     case MS_OP_GATHER:
       MS_PASS(result(k, in->n));
       MS_PASS(in_row(k, "a", in->a, 1));
@@ -150,9 +152,11 @@ static const char *check_row_instr(const checked *k) {
       MS_REQUIRE(in->b != MS_NONE || in->imm0 > 0, "base %g is not positive", (double)in->imm0);
       MS_PASS(result(k, 2 * (uint64_t)in->n));
       return in->b == MS_NONE ? NULL : operand(k, "b", in->b, in->n, 2 * (uint64_t)in->n);
-    case MS_OP_ROPE: return check_rope(k);
+    case MS_OP_ROPE:
+      return check_rope(k);
     case MS_OP_RMS_NORM:
-    case MS_OP_LAYER_NORM: return check_norm(k);
+    case MS_OP_LAYER_NORM:
+      return check_norm(k);
     case MS_OP_SOFTMAX:
       MS_PASS(spans(k));
       MS_PASS(result(k, in->n));
@@ -162,8 +166,10 @@ static const char *check_row_instr(const checked *k) {
       MS_REQUIRE(in->dims[0] >= MS_SUM && in->dims[0] <= MS_MIN, "reduction %u is unknown", in->dims[0]);
       MS_PASS(result(k, in->n));
       return operand(k, "a", in->a, (uint64_t)in->n * in->inner, in->n);
-    case MS_OP_KV_WRITE: return check_kv_write(k);
-    default: return complain(k, "unknown");
+    case MS_OP_KV_WRITE:
+      return check_kv_write(k);
+    default:
+      return complain(k, "unknown");
   }
 }
 

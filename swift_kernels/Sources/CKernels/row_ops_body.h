@@ -45,11 +45,16 @@ static void MS_NAME(store_row)(const float *src, void *buffer, int64_t at, uint3
 
 MS_VEC float MS_NAME(combine)(uint32_t how, float old, float x) {
   switch (how) {
-    case MS_SUM: return old + x;
-    case MS_PROD: return old * x;
-    case MS_MAX: return old > x || old != old ? old : x;
-    case MS_MIN: return old < x || old != old ? old : x;
-    default: return x;
+    case MS_SUM:
+      return old + x;
+    case MS_PROD:
+      return old * x;
+    case MS_MAX:
+      return old > x || old != old ? old : x;
+    case MS_MIN:
+      return old < x || old != old ? old : x;
+    default:
+      return x;
   }
 }
 

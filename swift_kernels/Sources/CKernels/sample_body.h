@@ -137,8 +137,8 @@ static float MS_NAME(filter_depth)(const MSSampling *s, uint32_t n, double sum) 
 }
 
 // A draw among the tokens that pass the filters. sum: of e^(x - max) over the row.
-static void MS_NAME(draw_filtered)(const float *x, uint32_t n, const MSSampling *s, float max, double sum, ms_candidate *memory,
-                                   MSSampled *out) {
+static void MS_NAME(draw_filtered)(const float *x, uint32_t n, const MSSampling *s, float max, double sum,
+                                   ms_candidate *memory, MSSampled *out) {
   const float inverse = 1.0f / s->temperature, depth = MS_NAME(filter_depth)(s, n, sum);
   ms_candidate *a = memory, *b = memory + n;
   uint32_t count = 0;
@@ -184,7 +184,8 @@ static void MS_NAME(draw_any)(const float *x, uint32_t n, const MSSampling *s, c
   const uint32_t chunks = ms_sample_chunks(n);
   const float inverse = 1.0f / s->temperature;
   double total = 0;
-  for (uint32_t c = 0; c < chunks; ++c) total += (double)sums[c].tempered * (double)MS_NAME(weight)(vsplat(sums[c].max - max), inverse)[0];
+  for (uint32_t c = 0; c < chunks; ++c)
+    total += (double)sums[c].tempered * (double)MS_NAME(weight)(vsplat(sums[c].max - max), inverse)[0];
   double target = MS_NAME(philox_uniform)(s) * total, scale = 0;
   uint32_t chunk = 0;
   for (uint32_t c = 0; c < chunks; ++c) {
@@ -200,7 +201,8 @@ static void MS_NAME(draw_any)(const float *x, uint32_t n, const MSSampling *s, c
   uint32_t chosen = MS_NAME(find_logit)(x + first, end - first, sums[chunk].max) + first;
   for (uint32_t i = first; i < end; i += 16) {
     const uint32_t rest = end - i < 16 ? end - i : 16;
-    const f32x16 w = MS_NAME(weight)(vfirst(vload_n(x + i, rest), rest, vsplat(-__builtin_inff())) - sums[chunk].max, inverse);
+    const f32x16 w =
+        MS_NAME(weight)(vfirst(vload_n(x + i, rest), rest, vsplat(-__builtin_inff())) - sums[chunk].max, inverse);
     const double here = (double)vsum(w);
     if (passed + here <= target) {
       passed += here;
@@ -246,7 +248,8 @@ static void MS_NAME(sample_row)(const float *x, uint32_t n, const MSSampling *s,
   out->logprob = (float)((double)(x[out->token] - max) - log(sum));
 }
 
-MS_VEC void MS_NAME(sum_row_chunk)(const float *x, uint32_t n, const MSSampling *s, uint32_t chunk, ms_chunk_sums *sums) {
+MS_VEC void MS_NAME(sum_row_chunk)(const float *x, uint32_t n, const MSSampling *s, uint32_t chunk,
+                                   ms_chunk_sums *sums) {
   const uint32_t first = chunk * MS_SAMPLE_CHUNK, count = n - first < MS_SAMPLE_CHUNK ? n - first : MS_SAMPLE_CHUNK;
   MS_NAME(sum_chunk)(x + first, count, s->temperature > 0.0f ? 1.0f / s->temperature : 1.0f, &sums[chunk]);
 }

@@ -10,7 +10,8 @@ typedef uint32_t u32x16 __attribute__((ext_vector_type(16)));
 typedef uint16_t u16x16 __attribute__((ext_vector_type(16)));
 
 #pragma clang fp contract(fast)
-#pragma clang diagnostic ignored "-Wpsabi"  // how wide vectors are passed differs by instruction set: here none is passed
+#pragma clang diagnostic ignored \
+    "-Wpsabi"  // how wide vectors are passed differs by instruction set: here none is passed
 
 MS_VEC i32x16 vbits(f32x16 v) { return __builtin_bit_cast(i32x16, v); }
 MS_VEC f32x16 vfloat(i32x16 v) { return __builtin_bit_cast(f32x16, v); }

@@ -10,12 +10,12 @@ enum ms_isa { MS_ISA_PORTABLE = 0, MS_ISA_NEON = 1, MS_ISA_AVX2 = 2, MS_ISA_AVX5
 
 // What one thread of the pool is called with; it takes its own share of the launch. Resolved when the plan is made.
 typedef struct {
-  void *const *buffers;    // by binding
+  void *const *buffers;  // by binding
   const void *constants;
-  const uint32_t *grid;    // the launch's, three words
-  void *scratch;           // this thread's own, ms_scratch.per_thread bytes, 64-byte aligned, not zeroed
-  void *shared;            // all threads', ms_scratch.shared bytes; launches of a plan reuse it
-  ms_pool *pool;           // for a barrier inside the launch: every thread must reach it
+  const uint32_t *grid;  // the launch's, three words
+  void *scratch;         // this thread's own, ms_scratch.per_thread bytes, 64-byte aligned, not zeroed
+  void *shared;          // all threads', ms_scratch.shared bytes; launches of a plan reuse it
+  ms_pool *pool;         // for a barrier inside the launch: every thread must reach it
   int32_t thread, threads;
 } ms_host_args;
 typedef void (*ms_host_function)(const ms_host_args *args);
