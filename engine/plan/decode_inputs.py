@@ -43,4 +43,4 @@ class DecodeInputs:
         self._slot_mapping[0] = slot
         self._sampling[COUNTER] = counter
         self._plan.replay()
-        return SAMPLED.unpack_from(self._sampled)  # type: ignore[return-value]
+        return SAMPLED.unpack_from(self._sampled)
