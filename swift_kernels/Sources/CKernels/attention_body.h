@@ -75,8 +75,8 @@ MS_VEC MS_NAME(attention_part) MS_NAME(part_at)(const MSAttentionParams *p, floa
   return (MS_NAME(attention_part)){memory, max, max + padded};
 }
 
-// Scores [MS_ATTN_CHUNK] of query j at positions [lo, hi) of a chunk become weights e^(score - max); the query's values and sum
-// follow a new maximum.
+// Scores [MS_ATTN_CHUNK] of query j at positions [lo, hi) of a chunk become weights e^(score - max); the query's values
+// and sum follow a new maximum.
 static void MS_NAME(soften)(const MSAttentionParams *p, float *scores, const MS_NAME(attention_part) * part, uint32_t j,
                             uint32_t chunk, uint32_t lo, uint32_t hi) {
   const float softcap = p->softcap, old = part->max[j];
@@ -110,8 +110,8 @@ MS_VEC uint32_t MS_NAME(clip)(int32_t x, uint32_t lo, uint32_t hi) {
   return x<(int64_t)lo ? lo : x>(int64_t) hi ? hi : (uint32_t)x;
 }
 
-// values of a kv head's queries += weights of a chunk's [lo, hi): positions that all rows of some queries see together, others
-// row by row. Each query's positions come in ascending order either way.
+// values of a kv head's queries += weights of a chunk's [lo, hi): positions that all rows of some queries see together,
+// others row by row. Each query's positions come in ascending order either way.
 static void MS_NAME(weigh_head)(const MS_NAME(attention_tile) * t, float *values, uint32_t chunk, uint32_t lo,
                                 uint32_t hi) {
   const uint32_t queries = t->rows * t->group;
@@ -175,8 +175,8 @@ static void MS_NAME(attend_chunk)(MS_NAME(attention_tile) * t, const MS_NAME(att
   }
 }
 
-// One split of a tile, from nothing. A single row takes its kv heads together, since their keys lie side by side in memory; for
-// several, a head's scores fill the cache.
+// One split of a tile, from nothing. A single row takes its kv heads together, since their keys lie side by side in
+// memory; for several, a head's scores fill the cache.
 static void MS_NAME(attend_split)(MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part, int32_t lo,
                                   int32_t hi) {
   const uint32_t heads = t->p->num_kv_heads, queries = heads * t->rows * t->group;
@@ -312,9 +312,9 @@ static void MS_NAME(merge_pieces)(const MS_NAME(attention_tile) * t, uint32_t sp
   MS_NAME(finish_tile)(t, &total, args);
 }
 
-// The launch's splits, tile by tile, are cut into one piece of equal cost per thread. A tile inside a piece is its thread's
-// alone. A tile in several pieces (at most threads - 1 are) leaves its splits in `shared`, and its last thread merges them
-// behind a barrier.
+// The launch's splits, tile by tile, are cut into one piece of equal cost per thread. A tile inside a piece is its
+// thread's alone. A tile in several pieces (at most threads - 1 are) leaves its splits in `shared`, and its last thread
+// merges them behind a barrier.
 void MS_NAME(ms_attention)(const ms_host_args *args) {
   const MSAttentionParams *p = args->constants;
   void *const *buffers = args->buffers;

@@ -1,8 +1,8 @@
 // How attention divides its work; shared by its kernel and its `prepare`.
 //
-// A row's context is cut at absolute multiples of its split size, which depends on the length of the context alone. A split
-// is worked through in chunks of MS_ATTN_CHUNK positions with a running softmax; the splits' results are merged in order. So
-// the bits of a row do not depend on the batch, the tile or the threads.
+// A row's context is cut at absolute multiples of its split size, which depends on the length of the context alone. A
+// split is worked through in chunks of MS_ATTN_CHUNK positions with a running softmax; the splits' results are merged
+// in order. So the bits of a row do not depend on the batch, the tile or the threads.
 #ifndef METALSTEP_ATTENTION_LAYOUT_H
 #define METALSTEP_ATTENTION_LAYOUT_H
 #include <stddef.h>
@@ -34,7 +34,8 @@ static inline size_t ms_attention_part(const MSAttentionParams *p) {
   return queries * p->value_dim + 2 * ((queries + 15) / 16 * 16);
 }
 
-// Elements of a tile's scaled queries and of its scores: of all heads for one row, of one kv head at a time for several.
+// Elements of a tile's scaled queries and of its scores: of all heads for one row, of one kv head at a time for
+// several.
 static inline size_t ms_attention_tile_queries(const MSAttentionParams *p) {
   return (p->num_kv_heads * ms_attention_queries(p) * p->head_dim + 15) / 16 * 16;
 }

@@ -1,9 +1,11 @@
 // One tile of attention: rows of a sequence against positions of its cache, by chunks.
 //
-// A query's sums run over dimensions and positions in ascending order, one lane each, whatever its neighbours in the tile.
+// A query's sums run over dimensions and positions in ascending order, one lane each, whatever its neighbours in the
+// tile.
 
 #if defined(MS_ISA_IS_AVX512)
-// Queries at once, and how many vectors of positions (scores) or of value elements (sums) fit the registers beside them.
+// Queries at once, and how many vectors of positions (scores) or of value elements (sums) fit the registers beside
+// them.
 #define MS_TILES(case_) case_(12, 2, 2) case_(6, 4, 4) case_(4, 4, 4) case_(3, 4, 4) case_(2, 4, 4) case_(1, 8, 4)
 #else
 #define MS_TILES(case_) case_(4, 1, 1) case_(3, 1, 1) case_(2, 2, 2) case_(1, 4, 4)
@@ -35,8 +37,8 @@ MS_VEC f32x16 MS_NAME(load_kv)(const void *plane, size_t at, const uint32_t dtyp
   if (dtype == MS_FLOAT32) return vload((const float *)plane + at);
   return dtype == MS_FLOAT16 ? vload_f16((const uint16_t *)plane + at) : vload_bf16((const uint16_t *)plane + at);
 }
-// Into the second-level cache: the first level has too few outstanding misses for the memory's bandwidth (Zen 4: 21 against
-// 13 GB/s), and with blocks anywhere in memory the hardware's own prefetching does not follow.
+// Into the second-level cache: the first level has too few outstanding misses for the memory's bandwidth (Zen 4: 21
+// against 13 GB/s), and with blocks anywhere in memory the hardware's own prefetching does not follow.
 MS_VEC void MS_NAME(prefetch_kv)(const void *plane, size_t at, const uint32_t dtype) {
   __builtin_prefetch((const char *)plane + at * (dtype == MS_FLOAT32 ? 4 : 2), 0, 2);
 }
@@ -122,7 +124,8 @@ MS_VEC uint32_t MS_NAME(tile_width)(uint32_t queries) {
   return 1;
 }
 
-// Scores of a kv head's queries against positions [at, end) of a chunk; at is a multiple of 16, end is rounded up to one.
+// Scores of a kv head's queries against positions [at, end) of a chunk; at is a multiple of 16, end is rounded up to
+// one.
 MS_VEC void MS_NAME(score_head)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t at, uint32_t end,
                                 const uint32_t dtype) {
   const uint32_t queries = t->rows * t->group;

@@ -49,7 +49,8 @@ void ms_cpus_read(ms_cpus *cpus) {
   cpus->count = cpus->cores + extra;
 }
 
-// The smallest quota / period, in processors, of a control group and its parents; 0: none. `path` is cut down on the way.
+// The smallest quota / period, in processors, of a control group and its parents; 0: none. `path` is cut down on the
+// way.
 static double group_quota(const char *root, char *path, const char *quota_file, const char *period_file) {
   double least = 0;
   for (;;) {

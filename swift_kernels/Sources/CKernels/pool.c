@@ -1,6 +1,6 @@
-// The thread pool. Threads meet at gates: words on which they spin briefly and then sleep (a futex; elsewhere a condition
-// variable). Without pinning, the system may keep two spinning threads on one processor: each barrier then costs the whole
-// spin. Workers stay pinned; the caller is pinned for the length of a job and gets its own mask back.
+// The thread pool. Threads meet at gates: words on which they spin briefly and then sleep (a futex; elsewhere a
+// condition variable). Without pinning, the system may keep two spinning threads on one processor: each barrier then
+// costs the whole spin. Workers stay pinned; the caller is pinned for the length of a job and gets its own mask back.
 #if defined(__linux__)
 #define _GNU_SOURCE
 #endif
@@ -220,8 +220,8 @@ void ms_pool_run(ms_pool *pool, ms_pool_body body, void *context) {
   }
 #if defined(__linux__)
   cpu_set_t before;
-  // A caller that is on its processor already stays there: the others are busy. This saves three system calls, 5 us, a job;
-  // one that is moved all the same is pinned from its next job on.
+  // A caller that is on its processor already stays there: the others are busy. This saves three system calls, 5 us, a
+  // job; one that is moved all the same is pinned from its next job on.
   const bool pinned =
       pool->pinned && sched_getcpu() != pool->cpus.order[0] && sched_getaffinity(0, sizeof before, &before) == 0;
   if (pinned) pin(pool, 0);

@@ -1,7 +1,8 @@
 // The interpreter of row programs (MSInstr in params.h): one row, in a scratch row of float32 registers.
 //
-// A register's last vector is computed whole: registers are padded to 16 elements, and the scratch row has MS_PROGRAM_SLACK
-// elements behind its last register. Buffers are never touched beyond the n elements of a LOAD or STORE.
+// A register's last vector is computed whole: registers are padded to 16 elements, and the scratch row has
+// MS_PROGRAM_SLACK elements behind its last register. Buffers are never touched beyond the n elements of a LOAD or
+// STORE.
 typedef struct {
   float *regs;
   uint32_t stride;         // elements that one register number counts: 1 in a row program
@@ -190,7 +191,8 @@ static void MS_NAME(run_instrs)(const MS_NAME(program) * p, const MSInstr *instr
   }
 }
 
-// A row program on one row. regs: the scratch row, 64-byte aligned, MS_PROGRAM_SLACK elements longer than its registers.
+// A row program on one row. regs: the scratch row, 64-byte aligned, MS_PROGRAM_SLACK elements longer than its
+// registers.
 static void MS_NAME(run_program)(const MSInstr *instrs, uint32_t count, float *regs, const ms_host_args *args,
                                  uint32_t row) {
   const MS_NAME(program) program = {regs, 1, 0, 0, row, args};

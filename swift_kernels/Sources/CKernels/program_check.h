@@ -15,8 +15,8 @@ static inline uint64_t ms_program_row_bytes(uint32_t registers) {
   return ((uint64_t)registers + 15) / 16 * 64 + MS_PROGRAM_SLACK * sizeof(float);
 }
 
-// NULL when the interpreter may run these instructions, or what is wrong, in `message`. registers: elements of the scratch
-// row, or, in an epilogue, registers of one column block each. binds: bindings of the launch.
+// NULL when the interpreter may run these instructions, or what is wrong, in `message`. registers: elements of the
+// scratch row, or, in an epilogue, registers of one column block each. binds: bindings of the launch.
 const char *ms_program_check(const MSInstr *instrs, uint32_t count, uint32_t registers, uint32_t binds, bool epilogue,
                              const char *kernel, char message[256]);
 

@@ -1,4 +1,5 @@
-// What instructions other than the elementwise ones do to a row: buffers, strided copies, rotations, norms, reductions, the cache.
+// What instructions other than the elementwise ones do to a row: buffers, strided copies, rotations, norms, reductions,
+// the cache.
 
 static void MS_NAME(load_row)(float *dst, const void *buffer, int64_t at, uint32_t n, uint32_t dtype) {
   const uint32_t whole = n & ~15u, rest = n & 15u;
@@ -81,8 +82,8 @@ static void MS_NAME(strided_copy)(float *dst, const float *a, const MSInstr *in)
   }
 }
 
-// dst = cos, dst + n = sin of position * scale / freq. The angle is rounded to float32, as in the models' own code; its frequency
-// is exact to a rounding, since an angle of 100,000 positions has its error 100,000-fold.
+// dst = cos, dst + n = sin of position * scale / freq. The angle is rounded to float32, as in the models' own code; its
+// frequency is exact to a rounding, since an angle of 100,000 positions has its error 100,000-fold.
 static void MS_NAME(rope_angles)(float *dst, const float *freqs, const MSInstr *in, int32_t position) {
   const float at = (float)position * in->imm1;
   const double step = freqs ? 0.0 : log((double)in->imm0) / in->n;

@@ -1,5 +1,5 @@
-// sample: one token per sampled row. Filters as mlx-lm's make_sampler applies them (top_p, min_p, top_k on the model's own
-// distribution, then the temperature); the draw inverts the cumulative distribution at one Philox number.
+// sample: one token per sampled row. Filters as mlx-lm's make_sampler applies them (top_p, min_p, top_k on the model's
+// own distribution, then the temperature); the draw inverts the cumulative distribution at one Philox number.
 
 // Philox 4x32-10 of key (seed) and counter: Salmon et al., SC 2011. A double in [0, 1) from its first two words.
 static double MS_NAME(philox_uniform)(const MSSampling *s) {
@@ -82,6 +82,13 @@ MS_VEC uint32_t MS_NAME(key_of)(float x) {
 }
 MS_VEC float MS_NAME(logit_of)(uint32_t key) { return __builtin_bit_cast(float, key >> 31 ? key : ~key & 0x7fffffffu); }
 
+// Logits of the first candidates, at most 16; the other lanes are the first's.
+MS_VEC f32x16 MS_NAME(candidate_logits)(const ms_candidate *a, uint32_t count) {
+  f32x16 x = vsplat(MS_NAME(logit_of)(a[0].key));
+  for (uint32_t i = 1; i < 16 && i < count; ++i) x[i] = MS_NAME(logit_of)(a[i].key);
+  return x;
+}
+
 // Tokens with logits of at least `least`, in order of their index.
 static uint32_t MS_NAME(collect)(const float *x, uint32_t n, float least, ms_candidate *out) {
   uint32_t count = 0;
@@ -153,26 +160,31 @@ static void MS_NAME(draw_filtered)(const float *x, uint32_t n, const MSSampling 
   a = MS_NAME(sort_candidates)(a, b, count, (uint32_t *)(memory + 2 * (size_t)n));
   const double nucleus = (double)s->top_p * sum;
   const float least = s->min_p > 0.0f ? logf(s->min_p) : -__builtin_inff();
+  if (s->top_k > 0 && count > s->top_k) count = s->top_k;
   double above = 0, total = 0;
   uint32_t kept = 0;
-  for (; kept < count && !(s->top_k > 0 && kept == s->top_k); ++kept) {
-    const float d = MS_NAME(logit_of)(a[kept].key) - max;
-    const bool tied = kept > 0 && a[kept].key == a[kept - 1].key;
-    if ((s->top_p < 1.0f && above >= nucleus && !tied) || d < least) break;
-    const f32x16 both = {d, d == 0.0f ? d : d * inverse};
-    const f32x16 e = vexp(both);
-    above += (double)e[0];
-    total += (double)e[1];
+  for (bool more = true; more && kept < count;) {
+    const f32x16 depths = MS_NAME(candidate_logits)(a + kept, count - kept) - max;
+    const f32x16 mass = vexp(depths), weights = MS_NAME(weight)(depths, inverse);
+    for (uint32_t i = 0; i < 16 && kept < count; ++i) {
+      const bool tied = kept > 0 && a[kept].key == a[kept - 1].key;
+      more = !((s->top_p < 1.0f && above >= nucleus && !tied) || depths[i] < least);
+      if (!more) break;
+      above += (double)mass[i];
+      total += (double)weights[i];
+      ++kept;
+    }
   }
   const double target = MS_NAME(philox_uniform)(s) * total;
   double passed = 0;
   uint32_t chosen = 0;
-  for (uint32_t i = 0; i < kept; ++i) {
-    const float d = MS_NAME(logit_of)(a[i].key) - max;
-    const float w = MS_NAME(weight)(vsplat(d), inverse)[0];
-    if (w > 0.0f) chosen = i;
-    passed += (double)w;
-    if (passed > target) break;
+  for (uint32_t at = 0; at < kept && passed <= target; at += 16) {
+    const uint32_t n_here = kept - at < 16 ? kept - at : 16;
+    const f32x16 weights = MS_NAME(weight)(MS_NAME(candidate_logits)(a + at, n_here) - max, inverse);
+    for (uint32_t i = 0; i < n_here && passed <= target; ++i) {
+      if (weights[i] > 0.0f) chosen = at + i;
+      passed += (double)weights[i];
+    }
   }
   out->token = (int32_t)a[chosen].token;
   out->rank = chosen + 1;

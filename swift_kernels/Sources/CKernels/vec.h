@@ -1,7 +1,8 @@
 // Sixteen float32 lanes for every instruction set: clang's vectors, and intrinsics only where those give poor code.
 //
-// Included once per instruction set, behind a target attribute; one of MS_ISA_IS_{AVX512,AVX2,NEON,PORTABLE} is defined. All
-// functions are inlined, so no vector crosses a call. Sums have one order: lanes i and i + 8, then i + 4, i + 2, i + 1.
+// Included once per instruction set, behind a target attribute; one of MS_ISA_IS_{AVX512,AVX2,NEON,PORTABLE} is
+// defined. All functions are inlined, so no vector crosses a call. Sums have one order: lanes i and i + 8, then i + 4,
+// i + 2, i + 1.
 #define MS_VEC static inline __attribute__((always_inline, unused))
 
 typedef float f32x16 __attribute__((ext_vector_type(16)));
@@ -55,7 +56,8 @@ MS_VEC f32x16 vfirst(f32x16 v, uint32_t n, f32x16 fill) {
   return lane < (int32_t)n ? v : fill;
 }
 
-// Fused by name: left to the compiler, one tile might be fused and another not, and a row's bits would depend on its batch.
+// Fused by name: left to the compiler, one tile might be fused and another not, and a row's bits would depend on its
+// batch.
 MS_VEC f32x16 vfma(f32x16 a, f32x16 b, f32x16 c) {
 #if defined(MS_ISA_IS_PORTABLE)
 #pragma clang fp contract(off)
@@ -115,7 +117,8 @@ MS_VEC float vmaxall(f32x16 v) {
   return v[0] > v[1] ? v[0] : v[1];
 }
 
-// ---- 16-bit floats -----------------------------------------------------------------------------------------------------
+// ---- 16-bit floats
+// -----------------------------------------------------------------------------------------------------
 MS_VEC f32x16 vfrom_f16(u16x16 h) {
 #if defined(MS_ISA_IS_AVX512)
   return (f32x16)_mm512_cvtph_ps(__builtin_bit_cast(__m256i, h));
@@ -172,8 +175,9 @@ MS_VEC f32x16 vload_bf16(const uint16_t *p) { return vfrom_bf16(vload_u16(p)); }
 MS_VEC void vstore_f16(uint16_t *p, f32x16 v) { vstore_u16(p, vto_f16(v)); }
 MS_VEC void vstore_bf16(uint16_t *p, f32x16 v) { vstore_u16(p, vto_bf16(v)); }
 
-// ---- functions -----------------------------------------------------------------------------------------------------------
-// x * 2^n for a whole n from -252 to 254.
+// ---- functions
+// ----------------------------------------------------------------------------------------------------------- x * 2^n
+// for a whole n from -252 to 254.
 MS_VEC f32x16 vscale2(f32x16 x, f32x16 n) {
 #if defined(MS_ISA_IS_AVX512)
   return (f32x16)_mm512_scalef_ps((__m512)x, (__m512)n);

@@ -14,8 +14,8 @@ int32_t ms_pool_size(const ms_pool *pool);
 void ms_pool_run(ms_pool *pool, ms_pool_body body, void *context);
 // Inside a body: returns when every thread has arrived.
 void ms_pool_barrier(ms_pool *pool);
-// Threads worth using: METALSTEP_THREADS, else cores in the affinity mask within the cgroup quota. -1: METALSTEP_THREADS is
-// not a number from 1 to 1024.
+// Threads worth using: METALSTEP_THREADS, else cores in the affinity mask within the cgroup quota. -1:
+// METALSTEP_THREADS is not a number from 1 to 1024.
 int32_t ms_pool_default_threads(void);
 
 #endif

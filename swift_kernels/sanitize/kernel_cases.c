@@ -1,0 +1,194 @@
+// Random launches of linear, attention, sample and add_rms_norm.
+#include <math.h>
+#include <string.h>
+#include "driver.h"
+
+// The bindings that every program has (ms_program_slot).
+static void bind_step(launch *l, uint32_t rows, uint32_t tokens_below) {
+  const MSStep step = {rows, rows, 1, 1};
+  launch_bind(l, &step, sizeof step);
+  for (int slot = MS_SLOT_TOKENS; slot < MS_SLOT_FIRST; ++slot) {
+    int32_t *values = launch_bind(l, NULL, rows * sizeof(int32_t));
+    for (uint32_t i = 0; i < rows; ++i)
+      values[i] = (int32_t)(slot == MS_SLOT_SAMPLED_ROWS ? random_below(rows) : random_below(tokens_below));
+  }
+  l->rows = l->grid[0] = rows;
+}
+
+void try_linear(int32_t isa) {
+  static const uint32_t all_bits[] = {2, 3, 4, 5, 6, 8, 16, 32};
+  const uint32_t bits = all_bits[random_below(8)], dense = bits >= 16, group = dense ? 0 : 32u << random_below(3);
+  const uint32_t k = dense ? 1 + random_below(90) : group * (1 + random_below(3)), n = 1 + random_below(70);
+  const uint32_t rows = random_below(8) ? 1 + random_below(20) : random_below(150);
+  const uint32_t dtype = bits == 32 ? MS_FLOAT32 : dense ? MS_FLOAT16 + random_below(2) : random_below(3);
+  launch l = {.kernel = "linear"};
+  bind_step(&l, rows, 10);
+  MSWeightSource source = {
+      dense ? MS_WEIGHT_DENSE : MS_WEIGHT_AFFINE, n, k, bits, group, dtype, NULL, NULL, NULL, NULL};
+  const uint64_t data_bytes = (uint64_t)n * k * bits / 8, scales = group ? (uint64_t)n * k / group : 0;
+  uint8_t *data = malloc(data_bytes);
+  uint16_t *scale = calloc(scales ? scales : 1, 4), *bias = calloc(scales ? scales : 1, 4);
+  for (uint64_t i = 0; i < data_bytes; ++i) data[i] = (uint8_t)random_below(256);
+  for (uint64_t i = 0; dense && i < (uint64_t)n * k; ++i) {  // finite values
+    const uint32_t value = 0x3c00u + random_below(0x100);
+    if (bits == 16) memcpy(data + 2 * i, &(uint16_t){(uint16_t)value}, 2);
+    if (bits == 32) memcpy(data + 4 * i, &(float){random_float()}, 4);
+  }
+  for (uint64_t i = 0; i < scales; ++i) {
+    if (dtype == MS_FLOAT32) {
+      memcpy((char *)scale + 4 * i, &(float){random_float()}, 4);
+      memcpy((char *)bias + 4 * i, &(float){random_float()}, 4);
+    } else {
+      scale[i] = bias[i] = (uint16_t)(0x3c00u + random_below(0x80));
+    }
+  }
+  source.data = data, source.scales = dense ? NULL : scale, source.biases = dense ? NULL : bias;
+  void *panels = launch_bind(&l, NULL, ms_panel_bytes(n, k, bits, group, dtype));
+  char message[256];
+  ms_pool *pool = ms_pool_create(1 + (int32_t)random_below(2));
+  if (ms_panel_pack(pool, &source, panels, message) != NULL) fail("cannot be packed", &l);
+  ms_pool_destroy(pool);
+  free(data), free(scale), free(bias);
+  launch_bind_floats(&l, (uint64_t)rows * k);
+  launch_bind(&l, NULL, (uint64_t)rows * n * 4);
+  struct {
+    MSLinearParams p;
+    MSLinearPart part;
+    MSLinearSegment segment;
+    MSInstr instrs[2];
+  } constants = {
+      .p = {.k = k,
+            .parts = 1,
+            .segments = 1,
+            .x_slot = MS_SLOT_FIRST + 1,
+            .x_rows = MS_ROW_SELF,
+            .x_row_stride = k,
+            .arithmetic = random_below(2)},
+      .part = {MS_SLOT_FIRST, n, bits, group, dtype},
+      .segment = {0, 1, 0, 2, 2},
+      .instrs = {{.op = MS_OP_ADD, .dst = 1, .a = 0, .b = MS_NONE, .c = MS_NONE, .imm = 2, .imm1 = 0.5f},
+                 {.op = MS_OP_STORE,
+                  .a = 1,
+                  .b = MS_NONE,
+                  .c = MS_NONE,
+                  .slot = MS_SLOT_FIRST + 2,
+                  .rows = MS_ROW_SELF,
+                  .row_stride = n}},
+  };
+  launch_constants(&l, &constants, sizeof constants);
+  launch_run_on_all(&l, isa, l.binds - 1, 2e-2f);  // an int8 rounded to the other side
+  const float *out = l.buffers[l.binds - 1];
+  for (uint64_t i = 0; i < (uint64_t)rows * n; ++i) {
+    if (!isfinite(out[i])) fail("a result is not finite", &l);
+  }
+  launch_free(&l);
+}
+
+void try_attention(int32_t isa) {
+  const uint32_t group = 1 + random_below(5), kv_heads = 1 + random_below(3), dim = 16 * (1 + random_below(6));
+  const uint32_t block = 16u << random_below(3), seqs = 1 + random_below(3), max_blocks = 1 + random_below(600 / block);
+  const uint32_t rows = random_below(20), blocks = seqs * max_blocks, dtype = random_below(3);
+  launch l = {.kernel = "attention", .rows = rows, .grid = {rows, kv_heads, 1}};
+  const MSStep step = {rows, rows, seqs, max_blocks};
+  launch_bind(&l, &step, sizeof step);
+  int32_t *positions = launch_bind(&l, NULL, rows * 4), *seq_ids = launch_bind(&l, NULL, rows * 4);
+  for (uint32_t i = 0; i < rows; ++i) {
+    const bool next = i > 0 && random_below(4) && (uint32_t)positions[i - 1] + 1 < max_blocks * block;
+    seq_ids[i] = next ? seq_ids[i - 1] : (int32_t)random_below(seqs);
+    positions[i] = next ? positions[i - 1] + 1 : (int32_t)random_below(max_blocks * block);
+  }
+  int32_t *tables = launch_bind(&l, NULL, blocks * 4);
+  for (uint32_t i = 0; i < blocks; ++i) tables[i] = (int32_t)(blocks - 1 - i);
+  launch_bind_floats(&l, (uint64_t)rows * group * kv_heads * dim);
+  for (int plane = 0; plane < 2; ++plane) {
+    const uint64_t count = (uint64_t)blocks * kv_heads * block * dim, size = dtype == MS_FLOAT32 ? 4 : 2;
+    char *to = launch_bind(&l, NULL, count * size);
+    for (uint64_t i = 0; i < count; ++i) {  // from 1 to 1.24 or so
+      if (dtype == MS_FLOAT32) memcpy(to + 4 * i, &(float){1.0f + 0.24f * fabsf(random_float())}, 4);
+      if (dtype == MS_FLOAT16) memcpy(to + 2 * i, &(uint16_t){(uint16_t)(0x3c00 + random_below(0xf0))}, 2);
+      if (dtype == MS_BFLOAT16) memcpy(to + 2 * i, &(uint16_t){(uint16_t)(0x3f80 + random_below(0x1e))}, 2);
+    }
+  }
+  const float *out = launch_bind(&l, NULL, (uint64_t)rows * group * kv_heads * dim * 4);
+  launch_bind_floats(&l, group * kv_heads);  // sinks
+  const bool has_sinks = random_below(4) == 0;
+  const MSAttentionParams p = {group * kv_heads,
+                               kv_heads,
+                               dim,
+                               dim,
+                               block,
+                               dtype,
+                               random_below(2) ? 0 : 1 + random_below(300),
+                               0,
+                               group * kv_heads * dim,
+                               has_sinks,
+                               0.3f,
+                               random_below(3) ? 0.0f : 2.0f};
+  launch_constants(&l, &p, sizeof p);
+  launch_run_on_all(&l, isa, MS_ATTN_OUT, 1e-5f);
+  for (uint64_t i = 0; i < l.bytes[MS_ATTN_OUT] / 4; ++i) {  // a mean of the values, or less beside a sink
+    if (!(out[i] < 1.2501f && out[i] > (has_sinks ? 0.0f : 0.9999f))) fail("a result is no mean of the values", &l);
+  }
+  launch_free(&l);
+}
+
+void try_sample(int32_t isa) {
+  const uint32_t rows = random_below(16), vocab = 1 + random_below(random_below(2) ? 50 : 9000);
+  launch l = {.kernel = "sample", .rows = rows, .grid = {rows, 1, 1}};
+  const MSStep step = {rows, rows, 1, 1};
+  launch_bind(&l, &step, sizeof step);
+  float *logits = launch_bind(&l, NULL, (uint64_t)rows * vocab * 4);
+  MSSampling *sampling = launch_bind(&l, NULL, rows * sizeof *sampling);
+  const float steps = random_below(2) ? 2.0f : 4096.0f;  // coarse: many equal logits
+  for (uint64_t i = 0; i < (uint64_t)rows * vocab; ++i) {
+    logits[i] = random_below(20) ? roundf(random_float() * 8 * steps) / steps : -INFINITY;
+  }
+  for (uint32_t i = 0; i < rows; ++i) {
+    sampling[i] = (MSSampling){random_below(3) ? 0.01f + fabsf(random_float()) * 2 : 0,
+                               random_below(2) ? 1.0f : 1.0f - 0.99f * fabsf(random_float()),
+                               random_below(2) ? 0 : 0.99f * fabsf(random_float()),
+                               random_below(2) ? 0 : random_below(2 * vocab),
+                               i,
+                               7,
+                               3};
+    if (random_below(10) == 0) logits[(uint64_t)i * vocab + random_below(vocab)] = random_below(2) ? NAN : INFINITY;
+  }
+  launch_bind(&l, NULL, rows * sizeof(MSSampled));
+  const MSSampleParams p = {vocab};
+  launch_constants(&l, &p, sizeof p);
+  launch_run_on_all(&l, isa, MS_SAMPLE_OUT, 0);
+  const MSSampled *out = l.buffers[MS_SAMPLE_OUT];
+  for (uint32_t i = 0; i < rows; ++i) {
+    const float *x = logits + (uint64_t)i * vocab;
+    bool bad = false;
+    float most = -INFINITY;
+    for (uint32_t j = 0; j < vocab; ++j) {
+      bad |= isnan(x[j]) || x[j] == INFINITY;
+      if (x[j] > most) most = x[j];
+    }
+    bad |= most == -INFINITY;
+    if (out[i].status != (bad ? MS_SAMPLE_NOT_FINITE : MS_SAMPLE_OK)) fail("wrong status", &l);
+    if (bad) continue;
+    if (out[i].token < 0 || (uint32_t)out[i].token >= vocab) fail("no such token", &l);
+    uint32_t rank = 1;
+    const float chosen = x[out[i].token];
+    for (uint32_t j = 0; j < vocab; ++j) rank += x[j] > chosen || (x[j] == chosen && j < (uint32_t)out[i].token);
+    if (out[i].rank != rank) fail("wrong rank", &l);
+    if (sampling[i].temperature == 0 && rank != 1) fail("not the most likely token", &l);
+    if (sampling[i].temperature > 0 && sampling[i].top_k && rank > sampling[i].top_k) fail("past top_k", &l);
+    if (!(out[i].logprob <= 1e-6f)) fail("a probability above 1", &l);
+  }
+  launch_free(&l);
+}
+
+void try_add_rms_norm(int32_t isa) {
+  const uint32_t rows = random_below(9), n = 1 + random_below(200);
+  launch l = {.kernel = "add_rms_norm", .rows = rows, .grid = {rows, 1, 1}};
+  const AddRMSNormParams p = {n, 1e-5f};
+  for (int i = 0; i < 2; ++i) launch_bind_floats(&l, (uint64_t)rows * n);  // x, residual
+  launch_bind_floats(&l, n);
+  launch_bind(&l, NULL, (uint64_t)rows * n * 4);
+  launch_constants(&l, &p, sizeof p);
+  if (!launch_run(&l, isa, 1 + (int32_t)random_below(MAX_THREADS))) fail("refused", &l);
+  launch_free(&l);
+}
