@@ -132,13 +132,17 @@ def load(
         if device != "eager":
             native, reason = _native(checkpoint, skeleton, threads, strict, arithmetic, kv_dtype, max_context)
         if native is None:
-            # MLX's half-precision matmuls on the CPU take seconds per token and are inaccurate.
-            cpu = mx.default_device() == mx.Device(mx.cpu)
-            load_weights_eager(skeleton, checkpoint, dtype=mx.float32 if cpu else None)
+            load_weights_eager(skeleton, checkpoint, eager_dtype())
         return Model(checkpoint, skeleton, native, reason), tokenizer
     except BaseException:
         checkpoint.close()
         raise
+
+
+def eager_dtype() -> mx.Dtype | None:
+    """Of floats that MLX computes with: None, the checkpoint's own, except on the CPU, where half-precision matmuls take seconds per
+    token and are inaccurate."""
+    return mx.float32 if mx.default_device() == mx.Device(mx.cpu) else None
 
 
 def _native(

@@ -70,12 +70,11 @@ class NativeModel:
     ):
         self.device = device
         self.arithmetic = arithmetic
-        self.vocab_size = 0
         self._graph = captured.graph(SHAPE_ROWS.tokens, SHAPE_ROWS.sampled)
-        self._prepared = captured.prepare(lambda name: mx.array(checkpoint.tensors[name].numpy()))
         self._lock = threading.Lock()
         self._plans: dict[tuple[int, int], Plan] = {}
-        self.weights = WeightStore(device, checkpoint.tensors, self._prepared)
+        prepared = captured.prepare(lambda name: mx.array(checkpoint.tensors[name].numpy()))
+        self.weights = WeightStore(device, checkpoint.tensors, prepared)
         limit = checkpoint.config.get("max_position_embeddings")
         self.model_context = int(limit) if limit else None
         self.cache = self._make_cache(max_context, kv_dtype)

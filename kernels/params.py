@@ -9,6 +9,7 @@ from importlib import resources
 from typing import Any
 
 import cffi
+import numpy as np
 
 HEADERS = ("params.h", "metalstep.h")  # in this order: the second includes the first
 
@@ -65,6 +66,20 @@ def pack(struct: str, **fields: Any) -> bytes:
 def size(struct: str) -> int:
     """Bytes of a struct of the headers. Raises: TypeError for an unknown one."""
     return ffi.sizeof(_pointer(struct).item)
+
+
+def record(struct: str) -> np.dtype:
+    """A struct of numbers as numpy's dtype of its records. Raises: TypeError for an unknown struct."""
+    fields = _pointer(struct).item.fields
+    formats = {"float": "f4", "int32_t": "i4", "uint32_t": "u4"}
+    return np.dtype(
+        {
+            "names": [name for name, _ in fields],
+            "formats": [formats[field.type.cname] for _, field in fields],
+            "offsets": [field.offset for _, field in fields],
+            "itemsize": size(struct),
+        }
+    )
 
 
 def _pointer(struct: str) -> Any:

@@ -1,5 +1,5 @@
-// Where Metal, the CPU simulator and CUDA differ. Every .metal file includes it after <metal_stdlib>; on Metal it is
-// the whole of the portability layer, the other two define these names themselves.
+// Where Metal and the CPU simulator differ. Every .metal file includes it after <metal_stdlib>; on Metal it is the whole
+// of the portability layer, the simulator defines these names itself.
 #ifndef METALSTEP_DIALECT_H
 #define METALSTEP_DIALECT_H
 

@@ -1,4 +1,4 @@
-// Sizes, strides and programs that a kernel reads: one struct per kernel, read by Metal, CUDA, C, Swift and Python (cffi).
+// Sizes, strides and programs that a kernel reads: one struct per kernel, read by Metal, C, Swift and Python (cffi).
 //
 // Rules that keep every reader able to parse it: plain C, no macros, four-byte fields, no pointers, no nested structs.
 // Counts are elements unless a comment says otherwise. "Row" is one token of the step (or one sampled row).

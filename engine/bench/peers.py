@@ -14,6 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager
+from metalstep.model import eager_dtype
 
 PEERS = ("mlx-lm", "llama.cpp")
 WORKER = Path(__file__).with_name("worker.py")
@@ -106,7 +107,7 @@ def model_for(engine: str, checkpoint: Checkpoint, given: str, scratch: Path) ->
     """The model in a form that `engine` reads, written into `scratch` where it has to be converted.
 
     given: the model's name as the user wrote it. mlx-lm gets the same quantised weights as safetensors, with the other arrays in
-    float32 on the CPU, where MLX's half-precision matmuls take seconds per token. Raises: PeerError for a model it cannot read.
+    `eager_dtype`. Raises: PeerError for a model it cannot read.
     """
     if engine == "metalstep":
         return given
@@ -117,8 +118,7 @@ def model_for(engine: str, checkpoint: Checkpoint, given: str, scratch: Path) ->
     folder = scratch / "mlx-lm"
     folder.mkdir()
     model = build_model(checkpoint)
-    cpu = mx.default_device() == mx.Device(mx.cpu)
-    load_weights_eager(model, checkpoint, dtype=mx.float32 if cpu else None)
+    load_weights_eager(model, checkpoint, eager_dtype())
     mx.save_safetensors(
         str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), metadata={"format": "mlx"}
     )

@@ -7,10 +7,10 @@ from typing import Any
 import mlx.core as mx
 
 from metalstep.capture.graph import Node
+from metalstep.kernels.elementwise import INTEGERS
 
 Interpretation = Callable[..., Any]  # (node, cache, *operands) -> array, or one per output
 
-INTEGERS = (mx.int8, mx.int16, mx.int32, mx.int64, mx.uint8, mx.uint16, mx.uint32, mx.uint64)
 QUANT_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")  # by the primitive's argument
 RESHAPES = ("Reshape", "Flatten", "Unflatten", "Squeeze", "ExpandDims")
 

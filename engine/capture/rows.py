@@ -56,7 +56,7 @@ class TracePair:
             inputs = [solve.value(x, y) for x, y in zip(a.inputs, b.inputs, strict=True)]
             outputs = [solve.value(x, y) for x, y in zip(a.outputs, b.outputs, strict=True)]
             nodes.append(Node(a.op, inputs, outputs, {k: solve.number(v, b.attrs[k]) for k, v in a.attrs.items()}))
-        graph = Graph(
+        return Graph(
             solve.values(first.inputs, second.inputs),
             solve.values(first.weights, second.weights),
             nodes,
@@ -65,7 +65,6 @@ class TracePair:
             sampled,
             state_keys=list(first.state_keys),
         )
-        return graph
 
 
 class _Solver:

@@ -131,7 +131,7 @@ def attention(node: Node, cache: StepCache, q: mx.array, *operands: Any) -> mx.a
     """q [rows, heads, 1, dim] against the cache of attrs["layer"]. Latent attention (attrs["mla"]): scores add q_pe · the V plane,
     and the values are the K plane. attrs: scale, window and chunk (tokens), softcap."""
     attrs = node.attrs
-    given = dict(zip(attrs["in"], (q, *operands), strict=True))
+    given = named(node, (q, *operands))
     keys, values = cache.read(attrs["layer"])
     seen = cache.visible(attrs["window"], attrs["chunk"])
     if attrs["mla"]:

@@ -79,11 +79,8 @@ def kinds(launches: list[dict[str, Any]]) -> list[str]:
 
 def operations(launch: dict[str, Any]) -> str:
     """What one launch computes, e.g. `rms_norm linear×3`: runs of one operation are counted."""
-    ops = launch["ops"]
-    if isinstance(ops, str):
-        return ops
     words: list[list[Any]] = []
-    for op in ops:
+    for op in launch["ops"]:
         if words and words[-1][0] == op:
             words[-1][1] += 1
         else:

@@ -25,11 +25,11 @@ COMMANDS = {  # in the order of the help
     "bench": "metalstep.cli.bench",
 }
 USAGE = "usage: metalstep COMMAND [options]\n       metalstep --version | --help"
-FAILED, WRONG_CALL, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141  # exit statuses; the last two as a shell counts signals
+WRONG_CALL, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses; the last two as a shell counts signals
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status: 0, or 2 with `error: …` and perhaps `hint: …` on stderr."""
+    """Run the command line and return its exit status: 0; 2 with `error: …` and perhaps `hint: …` on stderr; 130 or 141."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = show_warning
     try:

@@ -7,10 +7,9 @@ import json
 import sys
 from typing import Any, NoReturn
 
+from metalstep.kernels.linear import ARITHMETIC
+from metalstep.kv_cache import DTYPES
 from metalstep.model import DEVICES, Model, load
-
-ARITHMETIC = ("int16", "int8")
-KV_DTYPES = ("float16", "bfloat16", "float32")
 
 
 class CommandError(Exception):
@@ -98,7 +97,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="of quantised weights: int16 is near-exact (default), int8 is faster with many rows and less exact",
     )
     group.add_argument(
-        "--kv-dtype", choices=KV_DTYPES, default="float16", help="type of the KV cache (default: float16)"
+        "--kv-dtype", choices=DTYPES, default="float16", help="type of the KV cache (default: float16)"
     )
     group.add_argument(
         "--max-context",

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from metalstep.capture.errors import CaptureError
-from metalstep.capture.graph import Graph, Value
+from metalstep.capture.graph import Value
 from metalstep.kernels.launch import Buffer
 from metalstep.plan.layout import RowView
 from metalstep.plan.weights import WeightStore
@@ -26,7 +26,6 @@ class KVPlanes:
 class Placement:
     """Device buffers by stored value. `values` holds what launches write; weights and constants are placed on first use."""
 
-    graph: Graph
     weights: WeightStore
     planes: dict[object, KVPlanes]
     values: dict[Value, Buffer] = field(default_factory=dict)

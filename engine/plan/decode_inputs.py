@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metalstep.plan.plan import Plan
+from metalstep.plan.plan import SAMPLING, Plan
 from metalstep.sampling import SamplingParams
 
 SAMPLED = struct.Struct("<ifII")  # MSSampled: token, logprob, rank, status
-COUNTER = 6  # words of MSSampling before it
+COUNTER = list(SAMPLING.names or ()).index("counter")  # words of MSSampling before it
 
 
 class DecodeInputs:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Value
+from metalstep.capture.passes.kinds import contiguous, is_contiguous, row_shape, row_size
 
 
 @dataclass(frozen=True)
@@ -30,22 +31,7 @@ class RowView:
     @property
     def contiguous(self) -> bool:
         """Whether the row's elements lie one after the other."""
-        expected = 1
-        for length, stride in zip(reversed(self.dims), reversed(self.strides), strict=True):
-            if length != 1 and stride != expected:
-                return False
-            expected *= length
-        return True
-
-
-def contiguous_strides(dims: tuple[int, ...]) -> tuple[int, ...]:
-    """Row-major strides of `dims`, in elements."""
-    return tuple(math.prod(dims[i + 1 :]) for i in range(len(dims)))
-
-
-def row_size(value: Value) -> int:
-    """Elements in one row of a value that has rows, else in the whole value."""
-    return math.prod(value.shape[1:] if value.rows else value.shape)
+        return is_contiguous(self.dims, self.strides)
 
 
 def row_view(value: Value) -> RowView:
@@ -58,8 +44,8 @@ def row_view(value: Value) -> RowView:
         inner = row_view(node.inputs[0])
         return RowView(inner.root, inner.offset, inner.dims, inner.strides, inner.row_stride, True)
     if node is None or node.op != "view":
-        dims = tuple(value.shape[1:]) if value.rows else tuple(value.shape)
-        return RowView(value, 0, dims, contiguous_strides(dims), row_size(value) if value.rows else 0, False)
+        dims = row_shape(value)
+        return RowView(value, 0, dims, tuple(contiguous(dims)), row_size(value) if value.rows else 0, False)
     inner = row_view(node.inputs[0])
     offset, strides = node.attrs["offset"], tuple(node.attrs["strides"])
     dims = tuple(value.shape)

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Node, Value
+from metalstep.capture.passes.kinds import row_size
 from metalstep.kernels import elementwise, linear, params
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.linear import Input, PackedWeight, Segment
 from metalstep.kernels.program import Operand, Program, Register
 from metalstep.plan.bindings import Placement, Slots
-from metalstep.plan.layout import row_size, row_view
+from metalstep.plan.layout import row_view
 from metalstep.plan.row_compiler import RowCompiler
 
 MATMULS = ("QuantizedMatmul", "Matmul")

@@ -7,6 +7,7 @@ from typing import Any
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Graph, Node, Value
+from metalstep.capture.passes.kinds import row_size
 from metalstep.kernels import attention, linear, params, row_program, sample
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.native import NativeDevice
@@ -14,7 +15,7 @@ from metalstep.kernels.program import Program
 from metalstep.kernels.step import StepBuffers
 from metalstep.plan.bindings import KVPlanes, Placement, Slots
 from metalstep.plan.hazards import Access, barriers
-from metalstep.plan.layout import row_size, row_view
+from metalstep.plan.layout import row_view
 from metalstep.plan.linear_compiler import LinearCompiler
 from metalstep.plan.memory import Lifetime, arena_layout
 from metalstep.plan.row_compiler import RowCompiler, compile_rows, is_handle, named_inputs, rope_key
@@ -84,7 +85,7 @@ class _Lowering:
         arithmetic: str,
     ):
         self.graph, self.device, self.step, self.sizes, self.arithmetic = graph, device, step, sizes, arithmetic
-        self.placement = Placement(graph, weights, planes)
+        self.placement = Placement(weights, planes)
         self.nodes = [n for n in graph.nodes if n.op not in ("view", "take_rows")]
         self.angles: dict[tuple, Buffer] = {}
         self.rope_nodes: dict[tuple, Node] = {}

@@ -27,7 +27,7 @@ def arena_layout(lifetimes: list[Lifetime]) -> tuple[dict[Hashable, int], int]:
     size = 0
     for life in sorted(lifetimes, key=lambda life: (-life.bytes, life.first)):
         at = 0
-        for start, end, other in sorted((p for p in placed), key=lambda p: p[0]):
+        for start, end, other in sorted(placed, key=lambda p: p[0]):
             if other.last < life.first or life.last < other.first:
                 continue
             if at + life.bytes <= start:

@@ -12,21 +12,11 @@ from metalstep.kernels.native import NativeDevice
 from metalstep.kernels.step import StepBuffers
 from metalstep.plan.logits import Logits, LogitsRing
 from metalstep.plan.lower import Lowered, Sizes
+from metalstep.plan.memory import ALIGN
 from metalstep.sampling import SamplingParams
 
-SAMPLING = np.dtype(
-    [
-        ("temperature", "f4"),
-        ("top_p", "f4"),
-        ("min_p", "f4"),
-        ("top_k", "u4"),
-        ("seed_lo", "u4"),
-        ("seed_hi", "u4"),
-        ("counter", "u4"),
-    ]
-)
-SAMPLED = np.dtype([("token", "i4"), ("logprob", "f4"), ("rank", "u4"), ("status", "u4")])
-WORD = 4  # bytes of an array element
+SAMPLING = params.record("MSSampling")
+SAMPLED = params.record("MSSampled")
 
 
 @dataclass(frozen=True)
@@ -63,12 +53,10 @@ class StepArrays:
             "sampling": ((sizes.sampled,), SAMPLING),
             "sampled": ((sizes.sampled,), SAMPLED),
         }
-        if params.size("MSSampling") != SAMPLING.itemsize or params.size("MSSampled") != SAMPLED.itemsize:
-            raise RuntimeError("params.h and plan.py disagree on MSSampling or MSSampled")
         offsets, at = {}, 0
         for name, (shape, dtype) in shapes.items():
             offsets[name] = at
-            at += -(-int(np.prod(shape)) * dtype.itemsize // 256) * 256
+            at += -(-int(np.prod(shape)) * dtype.itemsize // ALIGN) * ALIGN
         owner = device.create_buffer(at)
         regions = {
             name: Buffer(owner.handle, offsets[name], (int(np.prod(shape)) * dtype.itemsize,), "uint8")

@@ -5,11 +5,12 @@ from collections.abc import Callable, Sequence
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Node, Value
+from metalstep.capture.passes.kinds import contiguous, row_size
 from metalstep.kernels import elementwise, embedding, kv_write, layer_norm, params, rms_norm, rope
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.program import Operand, Program, Register
 from metalstep.plan.bindings import Placement, Slots
-from metalstep.plan.layout import RowView, contiguous_strides, row_size, row_view
+from metalstep.plan.layout import RowView, row_view
 
 REDUCE = {"sum": params.MS_SUM, "prod": params.MS_PROD, "max": params.MS_MAX, "min": params.MS_MIN}
 REDUCE_CODES = (None, None, "sum", "prod", "min", "max")  # MLX's Reduce: and, or, sum, prod, min, max
@@ -175,7 +176,7 @@ class RowCompiler:
     def slice_update(self, node: Node) -> None:
         kind, start, stop, step = node.attrs["args"]
         base, update = node.inputs
-        dims, strides = base.shape[1:], contiguous_strides(tuple(base.shape[1:]))
+        dims, strides = base.shape[1:], contiguous(base.shape[1:])
         lengths = [-(-(b - a) // s) for a, b, s in zip(start[1:], stop[1:], step[1:], strict=True)]
         out = self.program.register(row_size(base))
         self.program.emit(params.MS_OP_COPY, out, self.operand(base), n=out.size)
@@ -198,7 +199,7 @@ class RowCompiler:
         axis = axis + len(out.shape) if axis < 0 else axis
         if axis == 0:
             raise CaptureError(f"a concatenation of rows: {node}")
-        result, strides, at = self.program.register(row_size(out)), contiguous_strides(tuple(out.shape[1:])), 0
+        result, strides, at = self.program.register(row_size(out)), contiguous(out.shape[1:]), 0
         for value in node.inputs:
             dims = value.shape[1:]
             offset = at * strides[axis - 1]

@@ -8,20 +8,19 @@ import mlx.core as mx
 import numpy as np
 
 from metalstep.capture.errors import CaptureError
-from metalstep.checkpoint import Tensor
+from metalstep.checkpoint import Tensor, blocks
 from metalstep.kernels import params
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.linear import PackedWeight
 from metalstep.kernels.native import DeviceBuffer, NativeDevice
+from metalstep.plan.memory import ALIGN
 
-ALIGN = 256  # bytes
 DTYPES = {"float32": params.MS_FLOAT32, "float16": params.MS_FLOAT16, "bfloat16": params.MS_BFLOAT16}
-BLOCKS = {  # GGUF block formats: source format, bits of the packed weight
-    "q4_0": (params.MS_WEIGHT_GGUF_Q4_0, 4),
-    "q4_1": (params.MS_WEIGHT_GGUF_Q4_1, 4),
-    "q8_0": (params.MS_WEIGHT_GGUF_Q8_0, 8),
+BLOCKS = {  # GGUF block formats, as MSWeightSource names them
+    "q4_0": params.MS_WEIGHT_GGUF_Q4_0,
+    "q4_1": params.MS_WEIGHT_GGUF_Q4_1,
+    "q8_0": params.MS_WEIGHT_GGUF_Q8_0,
 }
-BLOCK_GROUP = 32  # elements in a GGUF block
 
 
 class WeightStore:
@@ -40,15 +39,6 @@ class WeightStore:
         # Memory is committed when it is written, so the upper bound costs nothing.
         self._arena = device.create_buffer(max(ALIGN, sum(self._bound(name) for name in tensors)))
         self._overflow: list[DeviceBuffer] = []
-
-    @property
-    def packed_weights(self) -> list[PackedWeight]:
-        return list(self._packed.values())
-
-    @property
-    def bytes(self) -> int:
-        """Bytes in use on the device."""
-        return self._free + sum(buffer.nbytes for buffer in self._overflow)
 
     def packed(self, name: str, n: int, k: int, bits: int, group_size: int, first: int = 0) -> PackedWeight:
         """Rows [first, first + n) of the linear weight `name` as panels. bits 16 or more: dense.
@@ -126,9 +116,9 @@ class WeightStore:
         row_order = None if order is None else np.ascontiguousarray(order, np.int32)
         pointer = None if row_order is None else row_order.ctypes.data
         if tensor.format in BLOCKS:
-            code, block_bits = BLOCKS[tensor.format]
             fields = self._dense(n, k, params.MS_FLOAT16, tensor.address(), pointer)
-            return {**fields, "format": code, "bits": block_bits, "group_size": BLOCK_GROUP}, [tensor, row_order]
+            own = {"bits": blocks.FORMATS[tensor.format].bits, "group_size": blocks.BLOCK_SIZE}
+            return {**fields, "format": BLOCKS[tensor.format], **own}, [tensor, row_order]
         if tensor.dtype != "uint32":
             return self._dense(n, k, DTYPES[tensor.dtype], tensor.address(), pointer), [tensor, row_order]
         base = name.removesuffix("weight")

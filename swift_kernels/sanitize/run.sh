@@ -1,6 +1,6 @@
 #!/bin/sh
 # Builds the host kernels and their random driver under each sanitizer and runs them: about two minutes. Needs clang with the
-# sanitizers' run-time libraries: METALSTEP_CLANG, or the one on PATH. SECONDS_EACH: how long a build runs (default 15).
+# sanitizers' run-time libraries: METALSTEP_CLANG, or the one on PATH. SECONDS_EACH: how long each build runs (default 15).
 set -eu
 cd "$(dirname "$0")/.."
 clang=${METALSTEP_CLANG:-$(command -v clang || true)}
@@ -22,7 +22,7 @@ sanitize() {
   echo "sanitize: $name"
   mkdir "$work/$name"
   for source in Sources/CKernels/*.c sanitize/*.c; do
-    "$clang" -std=c11 -g -ffp-contract=fast -fno-math-errno -fno-omit-frame-pointer -fno-sanitize-recover=all "$@" \
+    "$clang" -x c -std=c11 -g -ffp-contract=fast -fno-math-errno -fno-omit-frame-pointer -fno-sanitize-recover=all "$@" \
       -I Sources/CKernels -I Sources/CKernels/include -I Sources/CMetalStep/include \
       -c "$source" -o "$work/$name/$(basename "$source" .c).o"
   done

@@ -44,8 +44,7 @@ def test_explain_gives_launches_per_token():
     assert run.returncode == 0, run.stderr
     plan = json.loads(run.stdout)
     assert plan["model_type"] == "llama"
-    if not plan["native"]:
-        pytest.skip(f"runs eagerly: {plan['fallback_reason']}")
+    assert plan["native"], plan["fallback_reason"]
     assert plan["launches_per_token"] == len(plan["launches"])
     assert 30 * 5 <= plan["launches_per_token"] <= 30 * 6 + 10
     assert plan["barriers_per_token"] <= plan["launches_per_token"]
@@ -55,8 +54,6 @@ def test_explain_gives_launches_per_token():
 
 def test_a_prompt_that_does_not_fit_is_one_line():
     run = metalstep("generate", "--model", "smollm2", "--prompt", "word " * 100, "--max-context", "32")
-    if "eager" in run.stderr:
-        pytest.skip("runs eagerly")
     assert run.returncode == 2
     error, hint = run.stderr.splitlines()
     assert "do not fit into the context of 32" in error

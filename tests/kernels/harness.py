@@ -11,8 +11,6 @@ from metalstep.kernels.linear import PackedWeight
 from metalstep.kernels.native import NativeDevice
 from metalstep.kernels.step import StepBuffers
 
-BYTES = np.dtype("uint8")
-
 
 class Harness:
     """A device with the buffers of one test. Outputs start as NaN, so that what is not written shows."""

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metalstep.kernels import attention, kv_write, params, row_program
+from metalstep.kernels.launch import Launch
 from metalstep.kernels.program import Program
 
 TOLERANCE = {"float32": 2e-6, "float16": 2e-3, "bfloat16": 1.6e-2}  # of the largest value: the cache's own rounding
@@ -121,6 +122,74 @@ def test_a_row_is_the_same_bits_alone_and_in_any_batch(threads, seed):
         together = cache.attend(q, rows)
         alone = np.concatenate([cache.attend(q[i : i + 1], rows[i : i + 1]) for i in range(len(rows))])
     np.testing.assert_array_equal(together, alone)
+
+
+@given(
+    group=st.sampled_from([1, 3, 4, 9]),
+    length=st.sampled_from([20, 130, 259, 1100]),
+    window=st.sampled_from([0, 1, 7, 40, 300]),
+    threads=st.integers(1, 3),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None)
+def test_rows_of_a_prefill_are_the_same_bits_as_decodes(group, length, window, threads, dtype, seed):
+    """Neighbouring rows of a sequence share their loads of keys and values; each still sums as it does alone."""
+    rng = np.random.default_rng(seed)
+    with Harness(threads) as h:
+        cache = Cache(h, rng, [length, 5], 2, 32, dtype)
+        first = int(rng.integers(length - 19))
+        rows = [(0, p) for p in range(first, first + 20)] + [(1, 4)]
+        q = rng.standard_normal((len(rows), 2 * group, 32)).astype(np.float32)
+        together = cache.attend(q, rows, window=window)
+        alone = np.concatenate([cache.attend(q[i : i + 1], rows[i : i + 1], window=window) for i in range(len(rows))])
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_does_not_see_later_positions_of_its_tile(value):
+    """What a later row wrote, even NaN, is no part of an earlier row's result."""
+    rng = np.random.default_rng(0)
+    with Harness() as h:
+        cache = Cache(h, rng, [140], 1, 32, "float16")
+        rows = [(0, p) for p in range(125, 137)]
+        q = rng.standard_normal((len(rows), 3, 32)).astype(np.float32)
+        before = cache.attend(q, rows)
+        cache.values[0][:, 131:] = value
+        cache.keys[0][:, 131:] = value
+        cache.write(0, range(131, 140))
+        after = cache.attend(q, rows)
+    np.testing.assert_array_equal(after[:6], before[:6])
+    assert np.isnan(after[6:]).all()
+
+
+def test_a_row_without_a_place_in_the_tables_is_nan():
+    with Harness() as h:
+        cache = Cache(h, np.random.default_rng(0), [3], 1, 32, "float32")
+        got = cache.attend(np.ones((4, 1, 32), np.float32), [(0, 2), (0, -1), (7, 0), (0, 16)])
+    assert np.isfinite(got[0]).all()
+    assert np.isnan(got[1:]).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(num_kv_heads=0), "0 kv heads"),
+        (dict(block_size=24), "block_size is 24"),
+        (dict(value_dim=20), "value_dim 20"),
+        (dict(kv_dtype=params.MS_INT32), "kv_dtype"),
+        (dict(scale=float("nan")), "not finite"),
+    ],
+)
+def test_malformed_launches_are_refused_when_the_plan_is_made(change, message):
+    fields = dict(
+        num_q_heads=2, num_kv_heads=1, head_dim=32, value_dim=32, block_size=16, kv_dtype=params.MS_FLOAT16, q_row_stride=64, scale=1.0
+    )
+    with Harness() as h:
+        buffers = [h.empty((64,)) for _ in range(9)]
+        launch = Launch("attention", buffers, params.pack("MSAttentionParams", **fields | change), (1, 1, 1), (1, 1, 1))
+        with pytest.raises(ValueError, match=message):
+            h.run([launch], 1)
 
 
 def test_a_negative_slot_is_not_written():

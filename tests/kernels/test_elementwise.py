@@ -5,7 +5,6 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -65,12 +64,6 @@ APPROXIMATE = {
     ("Power", ()): (np.power, mx.power, 2),
 }
 IDS = [name + "".join(f"-{a}" for a in args) for name, args in APPROXIMATE]
-
-
-@pytest.fixture(scope="module")
-def h():
-    with Harness() as harness:
-        yield harness
 
 
 def apply(h, op, *operands, args=(), dtypes=None, result=F32):

@@ -12,12 +12,6 @@ AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128
 CODES = {mx.float16: params.MS_FLOAT16, mx.bfloat16: params.MS_BFLOAT16, mx.float32: params.MS_FLOAT32}
 
 
-@pytest.fixture(scope="module")
-def h():
-    with Harness() as harness:
-        yield harness
-
-
 def stored(array):
     """As numpy holds it: bfloat16 by its bits."""
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)

@@ -2,7 +2,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import Harness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import launch_of, own_buffers
@@ -12,14 +11,6 @@ from metalstep.kernels.program import Program
 
 CODES = {"float32": params.MS_FLOAT32, "float16": params.MS_FLOAT16, "bfloat16": params.MS_BFLOAT16}
 UNTOUCHED = {"float32": 0x7FC01234, "float16": 0x7E12, "bfloat16": 0x7FE1}  # a NaN that no rounding makes
-
-
-@pytest.fixture(scope="module")
-def by_threads():
-    devices = {threads: Harness(threads) for threads in (1, 2, 3)}
-    yield devices
-    for harness in devices.values():
-        harness.device.close()
 
 
 def bits_of(x, dtype):

@@ -2,7 +2,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from programs import launch_of, run
@@ -10,12 +9,6 @@ from programs import launch_of, run
 from metalstep.kernels import layer_norm, params
 
 WIDTHS = [1, 33, 63, 64, 97, 576]
-
-
-@pytest.fixture(scope="module")
-def h():
-    with Harness() as harness:
-        yield harness
 
 
 def norm(h, x, width, weight=None, bias=None, eps=1e-5):

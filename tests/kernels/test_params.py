@@ -39,6 +39,15 @@ def test_fields_that_are_not_given_are_zero():
     assert params.pack("MSLinearParams") == bytes(params.size("MSLinearParams"))
 
 
+def test_records_are_the_structs_of_the_headers():
+    values = [(0.5, 0.25, 0.125, 3, 4, 5, 6), (1.5, 1.25, 1.125, 7, 8, 9, 2**32 - 1)]
+    records = np.array(values, params.record("MSSampling"))
+    assert records.tobytes() == b"".join(struct.pack("<3f4I", *row) for row in values)
+    assert np.array([(-1, 0.5, 2, 3)], params.record("MSSampled")).tobytes() == struct.pack("<if2I", -1, 0.5, 2, 3)
+    with pytest.raises(TypeError, match="no struct 'MSNothing'"):
+        params.record("MSNothing")
+
+
 def test_numpy_numbers_are_numbers():
     assert params.pack("MSSampleParams", vocab_size=np.int64(49152)) == struct.pack("<I", 49152)
 

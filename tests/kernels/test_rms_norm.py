@@ -2,7 +2,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -12,12 +11,6 @@ from metalstep.kernels import params, rms_norm
 
 WIDTHS = st.sampled_from([1, 33, 63, 64, 97, 576])
 TOLERANCE = 1e-6  # the order of a float32 sum of squares, a root, a quotient and two products: a few units of 2^-24
-
-
-@pytest.fixture(scope="module")
-def h():
-    with Harness() as harness:
-        yield harness
 
 
 @st.composite

@@ -2,7 +2,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from programs import launch_of, run
@@ -11,12 +10,6 @@ from metalstep.kernels import params, rope
 
 HEAD_DIMS = st.sampled_from([2, 6, 32, 34, 64, 66, 96, 128])
 POSITIONS = [0, 1, 2, 77, 4096, 131_071]
-
-
-@pytest.fixture(scope="module")
-def h():
-    with Harness() as harness:
-        yield harness
 
 
 def rotate(h, x, positions, dims, *, traditional=False, base=10_000.0, scale=1.0, freqs=None):

@@ -2,7 +2,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
@@ -17,20 +16,6 @@ COMBINE = {
 }  # fmt: skip
 SPECIAL = st.sampled_from([0.0, -0.0, 1.0, -2.5, np.nan, np.inf, -np.inf])
 ROWS = params.MS_ROWS_TOKENS
-
-
-@pytest.fixture(scope="module")
-def h():
-    with Harness() as harness:
-        yield harness
-
-
-@pytest.fixture(scope="module")
-def by_threads():
-    devices = {threads: Harness(threads) for threads in (1, 2, 3)}
-    yield devices
-    for harness in devices.values():
-        harness.device.close()
 
 
 # ---- strided copies -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
@@ -12,24 +11,8 @@ from metalstep.kernels import params, sample
 from metalstep.kernels.launch import Launch
 
 VOCABULARIES = [1, 2, 15, 16, 17, 63, 300, 4095, 4096, 4097, 5000]  # logits are summed in chunks of 4096
-SAMPLING = np.dtype(
-    [("temperature", "f4"), ("top_p", "f4"), ("min_p", "f4"), ("top_k", "u4"), ("seed_lo", "u4"), ("seed_hi", "u4"), ("counter", "u4")]
-)
-SAMPLED = np.dtype([("token", "i4"), ("logprob", "f4"), ("rank", "u4"), ("status", "u4")])
+SAMPLING, SAMPLED = params.record("MSSampling"), params.record("MSSampled")
 NOTHING = np.array((-7, np.nan, 12345, 99), SAMPLED)  # of a row that did not run
-
-
-@pytest.fixture(scope="module")
-def by_threads():
-    devices = {threads: Harness(threads) for threads in (1, 2, 3)}
-    yield devices
-    for harness in devices.values():
-        harness.device.close()
-
-
-@pytest.fixture(scope="module")
-def h(by_threads):
-    return by_threads[2]
 
 
 @pytest.fixture(scope="module", autouse=True)

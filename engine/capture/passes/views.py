@@ -8,6 +8,7 @@ from typing import Any
 from metalstep.capture.graph import Graph, Node, Value
 from metalstep.capture.ops import RESHAPES
 from metalstep.capture.passes.kinds import VIEWS, contiguous, is_contiguous
+from metalstep.kernels.program import merge_axes
 
 
 def views(graph: Graph) -> Graph:
@@ -76,14 +77,7 @@ class _Views:
 
 def reshaped(shape: Sequence[int], strides: Sequence[int], new: Sequence[int]) -> list[int] | None:
     """Strides of a reshape without a copy, or None. Axes of length 1 get stride 0."""
-    runs: list[tuple[int, int]] = []  # (length, stride) of axes merged where one continues the other
-    for length, stride in zip(shape, strides, strict=True):
-        if length == 1:
-            continue
-        if runs and runs[-1][1] == length * stride:
-            runs[-1] = (runs[-1][0] * length, stride)
-        else:
-            runs.append((length, stride))
+    runs = merge_axes(shape, strides)
     out: list[int] = []
     at, left = 0, runs[0][0] if runs else 1
     for length in new:

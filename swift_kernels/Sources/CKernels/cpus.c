@@ -59,8 +59,8 @@ static double group_quota(const char *root, char *path, const char *quota_file, 
     snprintf(name, sizeof name, "%s%s/%s", root, path, quota_file);
     FILE *file = fopen(name, "re");
     if (file != NULL) {
-      const int wanted =
-          period_file == NULL ? 2 : 1;  // cgroup v2 has both in one file: "max 100000" or "150000 100000"
+      // cgroup v2 has both in one file: "max 100000" or "150000 100000".
+      const int wanted = period_file == NULL ? 2 : 1;
       if (fscanf(file, "%lf %lf", &quota, &period) < wanted) quota = -1;
       fclose(file);
     }

@@ -201,9 +201,8 @@ static void MS_NAME(run_program)(const MSInstr *instrs, uint32_t count, float *r
 
 // An epilogue on columns [column, column + width) of one row: register r is regs + r * stride, stride a multiple of 16.
 // LOAD and STORE add `column` to the element offset; n == 0 means width.
-__attribute__((unused)) static void MS_NAME(run_epilogue)(const MSInstr *instrs, uint32_t count, float *regs,
-                                                          uint32_t stride, uint32_t width, uint32_t column,
-                                                          const ms_host_args *args, uint32_t row) {
+static void MS_NAME(run_epilogue)(const MSInstr *instrs, uint32_t count, float *regs, uint32_t stride, uint32_t width,
+                                  uint32_t column, const ms_host_args *args, uint32_t row) {
   const MS_NAME(program) program = {regs, stride, width, column, row, args};
   MS_NAME(run_instrs)(&program, instrs, count);
 }

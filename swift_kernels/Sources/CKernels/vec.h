@@ -11,8 +11,8 @@ typedef uint32_t u32x16 __attribute__((ext_vector_type(16)));
 typedef uint16_t u16x16 __attribute__((ext_vector_type(16)));
 
 #pragma clang fp contract(fast)
-#pragma clang diagnostic ignored \
-    "-Wpsabi"  // how wide vectors are passed differs by instruction set: here none is passed
+// How wide vectors are passed differs by instruction set: here none is passed.
+#pragma clang diagnostic ignored "-Wpsabi"
 
 MS_VEC i32x16 vbits(f32x16 v) { return __builtin_bit_cast(i32x16, v); }
 MS_VEC f32x16 vfloat(i32x16 v) { return __builtin_bit_cast(f32x16, v); }
@@ -117,8 +117,7 @@ MS_VEC float vmaxall(f32x16 v) {
   return v[0] > v[1] ? v[0] : v[1];
 }
 
-// ---- 16-bit floats
-// -----------------------------------------------------------------------------------------------------
+// ---- 16-bit floats --------------------------------------------------------------------------------------------------
 MS_VEC f32x16 vfrom_f16(u16x16 h) {
 #if defined(MS_ISA_IS_AVX512)
   return (f32x16)_mm512_cvtph_ps(__builtin_bit_cast(__m256i, h));
@@ -172,12 +171,9 @@ MS_VEC void vstore_u16_n(uint16_t *p, u16x16 h, uint32_t n) {
 }
 MS_VEC f32x16 vload_f16(const uint16_t *p) { return vfrom_f16(vload_u16(p)); }
 MS_VEC f32x16 vload_bf16(const uint16_t *p) { return vfrom_bf16(vload_u16(p)); }
-MS_VEC void vstore_f16(uint16_t *p, f32x16 v) { vstore_u16(p, vto_f16(v)); }
-MS_VEC void vstore_bf16(uint16_t *p, f32x16 v) { vstore_u16(p, vto_bf16(v)); }
 
-// ---- functions
-// ----------------------------------------------------------------------------------------------------------- x * 2^n
-// for a whole n from -252 to 254.
+// ---- functions ------------------------------------------------------------------------------------------------------
+// x * 2^n for a whole n from -252 to 254.
 MS_VEC f32x16 vscale2(f32x16 x, f32x16 n) {
 #if defined(MS_ISA_IS_AVX512)
   return (f32x16)_mm512_scalef_ps((__m512)x, (__m512)n);

@@ -216,8 +216,7 @@ inline void sim_call(void (*function)(Parameters...), void* const* buffers, cons
     sim_call(&__VA_ARGS__, buffers, t, attributes());                           \
   }
 
-// ---- the language
-// ----------------------------------------------------------------------------------------------------
+// ---- the language ---------------------------------------------------------------------------------------------------
 #define __METAL_VERSION__ 310
 #define MS_SIM 1
 #define device

@@ -1,6 +1,6 @@
 import CMetalStep
 
-/// A kind of device behind the C ABI: host (C kernels on a thread pool), metal, cuda.
+/// A kind of device behind the C ABI: host (C kernels on a thread pool) or metal.
 ///
 /// `OpenDevice` stands between the ABI and a device: it owns the table of buffer ids and checks whatever does not
 /// depend on the kind (ids, offsets, ranges, closed devices). A device therefore never sees a buffer id, and only valid

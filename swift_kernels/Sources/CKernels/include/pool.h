@@ -6,8 +6,8 @@
 typedef struct ms_pool ms_pool;
 typedef void (*ms_pool_body)(void *context, int32_t thread, int32_t threads);
 
-ms_pool *ms_pool_create(
-    int32_t threads);  // NULL: out of memory or threads. A forked child starts its own at its first job
+// NULL: out of memory or threads. A forked child starts its own at its first job.
+ms_pool *ms_pool_create(int32_t threads);
 void ms_pool_destroy(ms_pool *pool);
 int32_t ms_pool_size(const ms_pool *pool);
 // Runs body on every thread and returns when all are done. One job at a time: the caller holds the device's lock.
