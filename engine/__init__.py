@@ -2,6 +2,7 @@
 from metalstep.capture import CaptureError
 from metalstep.checkpoint import CheckpointError
 from metalstep.generate import GenerationResponse, generate, stream_generate
+from metalstep.kv_cache import OutOfBlocksError
 from metalstep.model import Model, load
 from metalstep.sampling import SamplingParams
 
@@ -11,6 +12,7 @@ __all__ = [
     "CheckpointError",
     "GenerationResponse",
     "Model",
+    "OutOfBlocksError",
     "SamplingParams",
     "generate",
     "load",

@@ -1,6 +1,8 @@
 """Text from a prompt, with mlx-lm's arguments and response fields."""
 from __future__ import annotations
 
+import math
+import operator
 import resource
 import sys
 import time
@@ -12,9 +14,10 @@ import mlx.core as mx
 import numpy as np
 
 from metalstep.model import Model
-from metalstep.native_model import NativeModel, check_tokens
+from metalstep.native_model import NativeModel
 from metalstep.plan.logits import Logits
 from metalstep.sampling import SamplingParams
+from metalstep.token_ids import check_tokens, picked_token, prompt_ids
 
 REFUSED = {  # mlx-lm arguments without a native form, and what works instead
     "draft_model": "speculative decoding is not supported; leave it out",
@@ -94,16 +97,18 @@ def stream_generate(
     Raises: ValueError for bad arguments, NotImplementedError for an mlx-lm argument that is refused, by name.
     """
     sampling = SamplingParams(temp, top_p, min_p, top_k, seed)
-    if not isinstance(max_tokens, int) or max_tokens == 0 or max_tokens < -1:
-        raise ValueError(f"max_tokens is {max_tokens!r}, expected an integer above 0, or -1 for no limit")
-    if not isinstance(prefill_step_size, int) or prefill_step_size < 1:
-        raise ValueError(f"prefill_step_size is {prefill_step_size!r}, expected an integer above 0")
+    max_tokens = _count("max_tokens", max_tokens)
+    if max_tokens == 0 or max_tokens < -1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected an integer above 0, or -1 for no limit")
+    prefill_step_size = _count("prefill_step_size", prefill_step_size)
+    if prefill_step_size < 1:
+        raise ValueError(f"prefill_step_size is {prefill_step_size}, expected an integer above 0")
     for name, value in others.items():
         if name not in REFUSED:
             raise TypeError(f"stream_generate got an unexpected argument {name!r}")
         if value is not None and model.native is not None:
             raise NotImplementedError(f"{name}: {REFUSED[name]}")
-    ids = _prompt_ids(tokenizer, prompt)
+    ids = prompt_ids(tokenizer, prompt)
     if model.native is None:
         if vocab_size := model.config.get("vocab_size"):  # MLX reads beyond the table
             check_tokens(ids, vocab_size)
@@ -111,7 +116,7 @@ def stream_generate(
             model, tokenizer, ids, max_tokens, sampling, sampler, logits_processors, prefill_step_size,
             prompt_progress_callback, others,
         )  # fmt: skip
-    pick = _picker(sampler, logits_processors)
+    pick = _picker(sampler, logits_processors, model.native.vocab_size)
     return _native(
         model.native, tokenizer, ids, max_tokens, sampling, pick, prefill_step_size, prompt_progress_callback
     )
@@ -132,24 +137,15 @@ def generate(model: Model, tokenizer: Any, prompt: str | Sequence[int], verbose:
     return text
 
 
-def _prompt_ids(tokenizer: Any, prompt: str | Sequence[int] | np.ndarray | mx.array) -> np.ndarray:
-    """Token ids of the prompt, int64 [length]."""
-    if isinstance(prompt, str):
-        bos = getattr(tokenizer, "bos_token", None)
-        prompt = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
-    ids = np.array(prompt)
-    if ids.size == 0:
-        raise ValueError("the prompt is empty; expected at least one token")
-    if ids.ndim != 1 or ids.dtype.kind not in "iu":
-        raise ValueError(f"the prompt has shape {ids.shape} and dtype {ids.dtype}, expected text or a flat list of token ids")
-    return ids.astype(np.int64)
-
-
 Picker = Callable[[list[int], np.ndarray], int]
 
 
-def _picker(sampler: Callable | None, processors: list[Callable] | None) -> Picker | None:
-    """The caller's own sampling as tokens so far, logits [vocab] -> token; None when the step samples by itself."""
+def _picker(sampler: Callable | None, processors: list[Callable] | None, vocab_size: int) -> Picker | None:
+    """The caller's own sampling as tokens so far, logits [vocab] -> token; None when the step samples by itself.
+
+    What the callables return is checked: raises ValueError for logits of another shape, without a finite maximum, or for a token
+    outside the vocabulary.
+    """
     if sampler is None and not processors:
         return None
 
@@ -157,11 +153,26 @@ def _picker(sampler: Callable | None, processors: list[Callable] | None) -> Pick
         row = mx.array(logits)[None]
         for processor in processors or ():
             row = processor(mx.array(tokens), row)
-        logprobs = row - mx.logsumexp(row, axis=-1, keepdims=True)
-        choice = sampler(logprobs) if sampler else mx.argmax(logprobs, axis=-1)
-        return int(np.array(choice).reshape(-1)[0])
+        shape = getattr(row, "shape", None)
+        if shape != (1, vocab_size):
+            raise ValueError(f"a logits processor returned {type(row).__name__} of shape {shape}, expected (1, {vocab_size})")
+        total = mx.logsumexp(row, axis=-1, keepdims=True)
+        if not math.isfinite(total.item()):
+            raise ValueError("a logits processor left no token: NaN, infinity, or -infinity everywhere; allow at least one token")
+        logprobs = row - total
+        return picked_token(sampler(logprobs) if sampler else mx.argmax(logprobs, axis=-1), vocab_size)
 
     return pick
+
+
+def _count(name: str, value: object) -> int:
+    """An integer of any type but bool. Raises: ValueError naming the argument."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{name} is {value!r}, expected an integer") from None
 
 
 def _native(
@@ -225,6 +236,8 @@ def _eager(
     if sampler is None:
         mx.random.seed(sampling.seed or 0)
         sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, top_k=sampling.top_k)
+    elif vocab_size := model.config.get("vocab_size"):
+        sampler = _checked(sampler, vocab_size)
     extra = {name: value for name, value in others.items() if value is not None}
     if progress is not None:
         extra["prompt_progress_callback"] = progress
@@ -238,3 +251,8 @@ def _eager(
         prefill_step_size=prefill_rows,
         **extra,
     )
+
+
+def _checked(sampler: Callable[[mx.array], mx.array], vocab_size: int) -> Callable[[mx.array], mx.array]:
+    """A caller's sampler for mlx-lm's loop, which looks its token up unchecked."""
+    return lambda logprobs: mx.array([picked_token(sampler(logprobs), vocab_size)])

@@ -12,6 +12,7 @@ from metalstep.capture import CaptureError, capture
 from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager, open_checkpoint
 from metalstep.kernels.native import NativeDevice, NativeUnavailable
 from metalstep.native_model import NativeModel
+from metalstep.token_ids import batch_ids, check_tokens
 
 DEVICES = ("host", "eager")
 
@@ -47,7 +48,10 @@ class Model:
         Raises: NotImplementedError for a cache or other mlx-lm arguments on a native model (stream_generate keeps its own cache);
         ValueError for another shape or ids outside the vocabulary.
         """
+        ids = batch_ids(inputs)
         if self.native is None:
+            if vocab_size := self.config.get("vocab_size"):
+                check_tokens(ids.reshape(-1), vocab_size)
             return self.eager(inputs, cache=cache, **refused)
         if cache is not None or refused:
             names = [*(["cache"] if cache is not None else []), *refused]
@@ -55,10 +59,7 @@ class Model:
                 f"model(..., {names[0]}=...) is not supported on a native model; use stream_generate, which keeps the cache itself, "
                 "or load(..., device='eager')"
             )
-        ids = np.array(inputs)
-        if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
-            raise ValueError(f"model: inputs have shape {ids.shape} and dtype {ids.dtype}, expected integers [batch, length], not empty")
-        return mx.array(np.stack([self.native.logits(row.astype(np.int64)) for row in ids]))
+        return mx.array(np.stack([self.native.logits(row) for row in ids]))
 
     def explain(self) -> dict[str, Any]:
         """How this model runs: see `metalstep explain`."""
@@ -125,8 +126,8 @@ def load(
     checkpoint = open_checkpoint(path_or_hf_repo)
     try:
         checkpoint.config.update(model_config or {})
-        tokenizer = checkpoint.tokenizer(tokenizer_config)  # first: what it leaves free serves the rest of the load
-        skeleton = build_model(checkpoint)
+        skeleton = build_model(checkpoint)  # before the tokenizer: this checks the config
+        tokenizer = checkpoint.tokenizer(tokenizer_config)  # before the weights: what it leaves free serves the rest of the load
         native: NativeModel | None = None
         reason: str | None = "device='eager' was asked for"
         if device != "eager":

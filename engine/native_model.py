@@ -23,10 +23,12 @@ from metalstep.plan.lower import Sizes, lower
 from metalstep.plan.plan import Plan, StepArrays, StepBatch
 from metalstep.plan.weights import WeightStore
 from metalstep.sampling import SamplingParams
+from metalstep.token_ids import check_tokens
 
 PREFILL_ROWS = 512  # rows of a prefill step
 LOGITS_ROWS = 64  # rows of a step that gives every row's logits
 MAX_SEQS = 64  # sequences in one step
+DEFAULT_CONTEXT = 4096  # tokens, when neither the model nor the caller says
 KV_MEMORY_FRACTION = 0.5  # of the free memory, when max_context is not given
 GREEDY = SamplingParams(seed=0)
 RUN_NAMES = itertools.count()  # of sequences in this process
@@ -78,18 +80,17 @@ class NativeModel:
         limit = checkpoint.config.get("max_position_embeddings")
         self.model_context = int(limit) if limit else None
         self.cache = self._make_cache(max_context, kv_dtype)
-        self.max_context = self.cache.num_blocks * BLOCK_SIZE
-        if self.model_context:
-            self.max_context = min(self.max_context, self.model_context)
+        self.max_context = min(x for x in (self.cache.num_blocks * BLOCK_SIZE, self.model_context, max_context) if x)
         self.decode_plan = self.plan(1, 1)
         self.decode_inputs = DecodeInputs(self.decode_plan)
         self.vocab_size = self.decode_plan.vocab_size
 
     def _make_cache(self, max_context: int | None, kv_dtype: str) -> PagedKVCache:
-        if max_context is not None and max_context < 1:
-            raise ValueError(f"max_context is {max_context}, expected at least 1 token")
+        if max_context is not None and not (isinstance(max_context, int) and 1 <= max_context < 2**31):
+            raise ValueError(f"max_context is {max_context!r}, expected an integer number of tokens from 1")
+        limit = self.model_context or max_context or DEFAULT_CONTEXT
+        wanted = min(max_context or limit, limit)
         probe = PagedKVCache(self.device, self._graph, 0, kv_dtype)
-        wanted = max_context or self.model_context or 4096
         if max_context is None:
             free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
             fits = int(free * KV_MEMORY_FRACTION / max(1, probe.bytes_per_token))
@@ -119,7 +120,9 @@ class NativeModel:
             return plan.run(batch).copy()
 
     def start(self, sampling: SamplingParams) -> SequenceRun:
-        """A new, empty sequence."""
+        """A new, empty sequence. Raises: ValueError when the model is closed."""
+        if not self._plans:
+            raise ValueError("the model is closed; load it again")
         return SequenceRun(self, sampling)
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
@@ -155,10 +158,12 @@ class NativeModel:
         }
 
     def close(self) -> None:
-        for plan in self._plans.values():
-            plan.close()
-        self._plans.clear()
-        self.device.close()
+        """Give the device's memory back; the step in progress ends first."""
+        with self._lock:
+            for plan in self._plans.values():
+                plan.close()
+            self._plans.clear()
+            self.device.close()
 
 
 class SequenceRun:
@@ -179,10 +184,11 @@ class SequenceRun:
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` in all. Raises: ValueError beyond the context; OutOfBlocksError."""
         if tokens > self._model.max_context:
-            raise ValueError(
-                f"{tokens} tokens do not fit into the context of {self._model.max_context}; shorten the prompt, or load with a "
-                f"larger max_context (the model's own limit is {self._model.model_context or 'not stated'})"
-            )
+            limit = self._model.model_context
+            more = ", which is the model's own limit; shorten the prompt"
+            if limit != self._model.max_context:
+                more = f"; shorten the prompt, or load with a larger max_context (the model's limit: {limit or 'not stated'})"
+            raise ValueError(f"{tokens} tokens do not fit into the context of {self._model.max_context}{more}")
         self._model.cache.grow(self._state.sequence, tokens)
 
     def batch(self, tokens: np.ndarray, sampled: range | list[int]) -> StepBatch:
@@ -235,6 +241,8 @@ class SequenceRun:
             model.cache.grow(sequence, position + 1)
         owner, slot = (self._name, len(blocks)), sequence.slot(position)
         with model._lock:
+            if not model._plans:
+                raise ValueError("the model is closed; load it again")
             result = model.decode_inputs.step(owner, self.sampling, blocks, token, position, slot, state.counter)
             self._keep(model.decode_plan, *result)
         sequence.length = position + 1
@@ -253,12 +261,3 @@ class SequenceRun:
     def close(self) -> None:
         """Give the blocks back; more than once is fine."""
         self._model.cache.release(self._state.sequence)
-
-
-def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
-    """Raises: ValueError naming the first id outside [0, vocab_size)."""
-    bad = np.flatnonzero((tokens < 0) | (tokens >= vocab_size))
-    if bad.size:
-        raise ValueError(
-            f"token id {tokens[bad[0]]} at position {bad[0]} is outside the vocabulary; expected ids from 0 to {vocab_size - 1}"
-        )

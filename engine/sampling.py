@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import secrets
 from dataclasses import dataclass
 
@@ -23,16 +24,19 @@ class SamplingParams:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            value = getattr(self, name)
+            self._range(name, value, isinstance(value, numbers.Real) and not isinstance(value, bool), "a number")
         if self.top_p == 0:  # mlx-lm's way to say off
             object.__setattr__(self, "top_p", 1.0)
         self._range("temperature", self.temperature, 0.0 <= self.temperature < math.inf, "a finite number from 0")
         self._range("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "a number above 0 and up to 1")
         self._range("min_p", self.min_p, 0.0 <= self.min_p < 1.0, "a number from 0 and below 1")
-        self._range("top_k", self.top_k, isinstance(self.top_k, int) and 0 <= self.top_k < 2**31, "an integer from 0")
+        self._range("top_k", self.top_k, isinstance(self.top_k, numbers.Integral) and 0 <= self.top_k < 2**31, "an integer from 0")
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbits(64))
         seed = self.seed
-        self._range("seed", seed, isinstance(seed, int) and 0 <= seed < 2**64, "an integer from 0 to 2**64 - 1")
+        self._range("seed", seed, isinstance(seed, numbers.Integral) and 0 <= seed < 2**64, "an integer from 0 to 2**64 - 1")
 
     def _range(self, name: str, value: object, ok: bool, expected: str) -> None:
         if not ok:

@@ -44,7 +44,7 @@ def bench_host_time(model: Model, tokenizer: Any, *, tokens: int) -> dict[str, f
     totals, shares = [], []
     try:
         for _ in range(REPEATS):
-            stream = stream_generate(model, tokenizer, PROMPT, max_tokens=tokens)
+            stream = stream_generate(model, tokenizer, PROMPT, max_tokens=tokens + 1)
             next(stream)
             inside, count, started = 0.0, 0, time.perf_counter()
             for _ in stream:

@@ -128,7 +128,7 @@ def launches(argv: list[str]) -> int:
 
     p = Parser(
         "metalstep bench launches",
-        "Time of each kind of launch in a decode step (each is waited for, so the total is an upper bound), and how much of a "
+        "Time of each kind of launch in a decode step (a sum of medians: stalls of a busy machine drop out of it), and how much of a "
         "generated token passes outside the native call.",
     )
     p.add_argument("--model", default="smollm2", metavar="MODEL", help="the model (default: smollm2)")
@@ -161,7 +161,7 @@ def describe_launches(result: dict[str, Any]) -> list[str]:
     lines.append(f"{'':19} {result['total_us']:8.1f}")
     if token := result.get("generation"):
         lines.append(
-            f"a generated token: {token['token_us']:.0f} µs, of which {token['host_us']:.0f} µs ({token['host_share']:.1%}) "
+            f"a token at a short context: {token['token_us']:.0f} µs, of which {token['host_us']:.0f} µs ({token['host_share']:.1%}) "
             "outside the native call"
         )
     return lines

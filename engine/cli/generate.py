@@ -9,6 +9,7 @@ from metalstep.cli.parser import CommandError, Parser, add_load_options, boolean
 from metalstep.generate import GenerationResponse, stream_generate
 from metalstep.model import Model
 from metalstep.sampling import SamplingParams
+from metalstep.token_ids import check_text
 
 
 def parser() -> Parser:
@@ -80,12 +81,16 @@ def main(argv: list[str]) -> int:
     if args.max_tokens == 0 or args.max_tokens < -1:
         raise CommandError(f"--max-tokens is {args.max_tokens}, expected a number above 0, or -1 for no limit")
     text = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    for name, given in (("the prompt", text), ("--system-prompt", args.system_prompt), ("--prefill-response", args.prefill_response)):
+        check_text(name, given or "")
     if not text:
         raise CommandError("the prompt is empty", "pass --prompt TEXT, or --prompt - and text on stdin")
     tokenizer_config = {"trust_remote_code": True} if args.trust_remote_code else None
     model, tokenizer = load_model(args, tokenizer_config=tokenizer_config)
     with model:
         for token in args.extra_eos_token:
+            if token not in tokenizer.get_vocab():
+                raise CommandError(f"--extra-eos-token {token!r} is no token of this model")
             tokenizer.add_eos_token(token)
         ids = encode(tokenizer, text, args)
         last = None
@@ -139,7 +144,16 @@ def statistics(model: Model, last: GenerationResponse) -> list[str]:
         device += f", {plan['launches_per_token']} launches per token"
     return [
         f"prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tok/s",
-        f"decode: {last.generation_tokens} tokens, {last.generation_tps:.1f} tok/s",
+        decode_rate(last),
         f"device: {device}",
         f"peak memory: {last.peak_memory:.3f} GB",
     ]
+
+
+def decode_rate(last: GenerationResponse) -> str:
+    """The first token comes with the prompt, so it is not a decoded one."""
+    decoded = last.generation_tokens - 1
+    if decoded < 1:
+        return "decode: 1 token, which came with the prompt"
+    seconds = last.generation_tokens / last.generation_tps  # since the first token
+    return f"decode: {decoded} tokens after the first, {decoded / seconds:.1f} tok/s"

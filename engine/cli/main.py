@@ -32,6 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0; 2 with `error: …` and perhaps `hint: …` on stderr; 130 or 141."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     warnings.showwarning = show_warning
+    if sys.stdout is None:  # closed by the caller (`>&-`): Python then has no stream at all
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     try:
         status = run(arguments)
         sys.stdout.flush()

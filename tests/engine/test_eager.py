@@ -42,6 +42,18 @@ def test_a_model_without_kernels_warns_once_and_answers_as_mlx_lm_does(experts):
             next(metalstep.stream_generate(model, tokenizer, [3, 10**6]))
 
 
+def test_ids_that_mlx_would_read_beyond_its_table_are_refused(experts):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, tokenizer = metalstep.load(experts)
+    with model:
+        for bad in (10**6, BASE["vocab_size"], -1):
+            with pytest.raises(ValueError, match="outside the vocabulary"):
+                model(mx.array([[bad]]))
+            with pytest.raises(ValueError, match="the sampler returned"):
+                metalstep.generate(model, tokenizer, [1, 2], max_tokens=3, sampler=lambda x, bad=bad: mx.array([bad]))
+
+
 def test_strict_raises_instead(experts):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

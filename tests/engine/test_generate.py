@@ -146,6 +146,12 @@ def test_progress_is_reported(smollm2):
         ([1.5, 2.0], {}, "flat list of token ids"),
         ([-1], {}, "token id -1 at position 0"),
         ([5, 10**6], {}, "token id 1000000 at position 1 is outside the vocabulary"),
+        (np.array([2**63], np.uint64), {}, "flat list of token ids"),
+        ([[1], [2, 3]], {}, "flat list of token ids"),
+        ("caf\udce9", {}, "not valid Unicode: character 3"),
+        ([1], {"temp": "hot"}, "temperature is 'hot'"),
+        ([1], {"top_p": None}, "top_p is None"),
+        ([1], {"max_tokens": 2.0}, "max_tokens is 2.0"),
         ([1] * 5000, {}, "5000 tokens do not fit into the context of 4096"),
         ([1], {"temp": float("nan")}, "temperature is nan"),
         ([1], {"temp": -1.0}, "temperature is -1.0"),
@@ -166,6 +172,29 @@ def test_bad_input_is_refused_and_the_engine_goes_on(smollm2, prompt, options, t
     assert len(tokens(smollm2, "Still here", max_tokens=2)) == 2
 
 
+VOCABULARY = 49152
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"sampler": lambda x: mx.array([VOCABULARY])}, "the sampler returned array"),
+        ({"sampler": lambda x: mx.array([-1])}, "the sampler returned array"),
+        ({"sampler": lambda x: None}, "the sampler returned None"),
+        ({"sampler": lambda x: 1.7}, "the sampler returned 1.7"),
+        ({"logits_processors": [lambda tokens, x: x * float("nan")]}, "left no token"),
+        ({"logits_processors": [lambda tokens, x: x - mx.inf]}, "left no token"),
+        ({"logits_processors": [lambda tokens, x: x[:, :5]]}, "shape \\(1, 5\\)"),
+    ],
+)
+def test_what_callables_return_is_checked(smollm2, options, text):
+    free = smollm2[0].native.cache.free_blocks
+    with pytest.raises(ValueError, match=text):
+        tokens(smollm2, "Hello", max_tokens=3, **options)
+    assert smollm2[0].native.cache.free_blocks == free
+    assert len(tokens(smollm2, "Hello", max_tokens=np.int64(2))) == 2
+
+
 @pytest.mark.parametrize("name", ["draft_model", "prompt_cache", "max_kv_size", "kv_bits", "kv_group_size", "input_embeddings"])
 def test_arguments_without_a_native_form_are_refused_by_name(smollm2, name):
     with pytest.raises(NotImplementedError, match=name):
@@ -180,9 +209,15 @@ def test_a_full_context_ends_with_length():
         prompt = tokenizer.encode("one two three four five six seven eight nine ten eleven twelve")
         responses = list(stream_generate(model, tokenizer, prompt, max_tokens=-1, temp=1.0, seed=5))
         assert responses[-1].finish_reason == "length"
-        assert len(prompt) + len(responses) == model.native.max_context + 1  # the last token needs no place in the cache
-        with pytest.raises(ValueError, match="do not fit into the context"):
-            next(stream_generate(model, tokenizer, [1] * 60))
+        assert len(prompt) + len(responses) == 40 + 1  # the last token needs no place in the cache
+        with pytest.raises(ValueError, match="do not fit into the context of 40; shorten the prompt, or load with a larger"):
+            next(stream_generate(model, tokenizer, [1] * 41))
+        stream = stream_generate(model, tokenizer, prompt, max_tokens=10)
+        next(stream)
+    with pytest.raises(ValueError, match="the model is closed"):
+        next(stream)
+    with pytest.raises(ValueError, match="the model is closed"):
+        next(stream_generate(model, tokenizer, prompt))
 
 
 def test_the_model_is_callable(smollm2):
@@ -192,7 +227,7 @@ def test_the_model_is_callable(smollm2):
     assert logits.shape == (2, len(ids), model.native.vocab_size) and logits.dtype == mx.float32
     np.testing.assert_array_equal(np.array(logits[0]), np.array(model(ids[None])[0]))
     for bad in (ids, ids[None].astype(mx.float32), mx.zeros((1, 0), mx.int32)):
-        with pytest.raises(ValueError, match="inputs have shape"):
+        with pytest.raises(ValueError, match="expected integers \\[batch, length\\]"):
             model(bad)
     with pytest.raises(NotImplementedError, match="cache"):
         model(ids[None], cache=[])
@@ -205,5 +240,8 @@ def test_load_refuses_unknown_options():
         metalstep.load("smollm2", kv_dtype="int2")
     with pytest.raises(ValueError, match="arithmetic"):
         metalstep.load("smollm2", arithmetic="int4")
+    for bad in (0, -5, 1.5, "many", 2**63):
+        with pytest.raises(ValueError, match="max_context is"):
+            metalstep.load("smollm2", max_context=bad)
     with pytest.raises(NotImplementedError, match="adapter_path"):
         metalstep.load("smollm2", adapter_path="somewhere")

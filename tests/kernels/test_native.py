@@ -323,7 +323,7 @@ def test_a_buffer_that_cannot_be_is_refused(h, nbytes, error):
     [
         ("gpu", 0, '"gpu" is unknown, expected "host" or "metal"'),
         ("host", -1, "threads is -1, expected 0"),
-        ("host", 257, "threads is 257, expected 0"),
+        ("host", 1025, "threads is 1025, expected 0"),
         ("host", 2**40, "does not fit its C type"),
     ],
 )
@@ -344,7 +344,7 @@ def test_the_environment_may_set_the_threads(monkeypatch):
     with NativeDevice.open("host") as device:
         assert device.info.threads == 3
     monkeypatch.setenv("METALSTEP_THREADS", "many")
-    with pytest.raises(ValueError, match="METALSTEP_THREADS is not a number of threads, expected 1 to 256"):
+    with pytest.raises(ValueError, match="METALSTEP_THREADS is not a number of threads, expected 1 to 1024"):
         NativeDevice.open("host")
 
 

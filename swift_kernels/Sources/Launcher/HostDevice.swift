@@ -3,7 +3,7 @@ import CMetalStep
 
 /// The CPU: C kernels for the best instruction set it has, run on a thread pool.
 final class HostDevice: Device {
-  static let maxThreads: Int32 = 256
+  static let maxThreads: Int32 = 1024  // as METALSTEP_THREADS (pool.h)
 
   let info: MSDeviceInfo
   let threads: Int32
@@ -23,7 +23,7 @@ final class HostDevice: Device {
     let isa = ms_host_isa(&message)
     guard isa >= 0, isa < Int32(MS_ISA_COUNT.rawValue) else { throw .argument(String(cString: message)) }
     kernels = try HostKernel.all(isa: isa)
-    let count = threads == 0 ? min(ms_pool_default_threads(), Self.maxThreads) : threads
+    let count = threads == 0 ? ms_pool_default_threads() : threads
     guard count >= 1 else {
       throw .argument("host: METALSTEP_THREADS is not a number of threads, expected 1 to \(Self.maxThreads)")
     }
