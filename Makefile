@@ -13,7 +13,7 @@ NATIVE_SOURCES := $(shell find swift_kernels -name .build -prune -o -type f -pri
 C_FILES := $(shell find swift_kernels -name .build -prune -o -type f -name '*.[ch]' -print)
 PROMPT ?= What is the capital of France?
 
-.PHONY: help build demo test lint format sanitize peers dist clean
+.PHONY: help build demo test lint format sanitize neon peers dist clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make lint      ruff, mypy, clang-format, Swift and C with warnings as errors'
 	@echo 'make format    clang-format in place'
 	@echo 'make sanitize  the C kernels under the address, undefined-behaviour and thread sanitizers'
+	@echo 'make neon      the NEON kernels under QEMU, where gcc-aarch64-linux-gnu and qemu-user are installed'
 	@echo 'make peers     $(PEERS) with mlx-lm and llama.cpp for `metalstep bench decode` (10 minutes)'
 	@echo 'make dist      sdist and wheel in dist/'
 	@echo 'make clean     remove what was built; keeps $(VENV) and $(PEERS)'
@@ -94,6 +95,9 @@ format: $(VENV)/.installed-dev
 
 sanitize:
 	swift_kernels/sanitize/run.sh
+
+neon:
+	swift_kernels/sanitize/neon.sh
 
 # ---- peers to compare with -------------------------------------------------------------------------------------------
 peers: $(PEERS)/.installed

@@ -1,7 +1,6 @@
 """Text from a prompt, with mlx-lm's arguments and response fields."""
 from __future__ import annotations
 
-import math
 import operator
 import resource
 import sys
@@ -157,7 +156,7 @@ def _picker(sampler: Callable | None, processors: list[Callable] | None, vocab_s
         if shape != (1, vocab_size):
             raise ValueError(f"a logits processor returned {type(row).__name__} of shape {shape}, expected (1, {vocab_size})")
         total = mx.logsumexp(row, axis=-1, keepdims=True)
-        if not math.isfinite(total.item()):
+        if not np.isfinite(np.array(total)).all():
             raise ValueError("a logits processor left no token: NaN, infinity, or -infinity everywhere; allow at least one token")
         logprobs = row - total
         return picked_token(sampler(logprobs) if sampler else mx.argmax(logprobs, axis=-1), vocab_size)
