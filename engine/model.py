@@ -10,7 +10,9 @@ import numpy as np
 
 from metalstep.capture import CaptureError, capture
 from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager, open_checkpoint
+from metalstep.kernels.linear import ARITHMETIC
 from metalstep.kernels.native import NativeDevice, NativeUnavailable
+from metalstep.kv_cache import DTYPES as KV_DTYPES
 from metalstep.native_model import NativeModel
 from metalstep.token_ids import batch_ids, check_tokens
 
@@ -121,8 +123,13 @@ def load(
     """
     if adapter_path is not None:
         raise NotImplementedError("adapter_path is not supported; fuse the adapter with `mlx_lm.fuse` and load the result")
-    if device not in (None, *DEVICES):
-        raise ValueError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
+    for name, value, known in (
+        ("device", device, (None, *DEVICES)),
+        ("arithmetic", arithmetic, tuple(ARITHMETIC)),
+        ("kv_dtype", kv_dtype, tuple(KV_DTYPES)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(str(x) for x in known)}")
     checkpoint = open_checkpoint(path_or_hf_repo)
     try:
         checkpoint.config.update(model_config or {})

@@ -78,7 +78,9 @@ class NativeModel:
         prepared = captured.prepare(lambda name: mx.array(checkpoint.tensors[name].numpy()))
         self.weights = WeightStore(device, checkpoint.tensors, prepared)
         limit = checkpoint.config.get("max_position_embeddings")
-        self.model_context = int(limit) if limit else None
+        if limit is not None and not (isinstance(limit, int) and limit > 0):
+            raise ValueError(f"the config's max_position_embeddings is {limit!r}, expected a positive integer")
+        self.model_context = limit
         self.cache = self._make_cache(max_context, kv_dtype)
         self.max_context = min(x for x in (self.cache.num_blocks * BLOCK_SIZE, self.model_context, max_context) if x)
         self.decode_plan = self.plan(1, 1)

@@ -238,6 +238,10 @@ def test_load_refuses_unknown_options():
         metalstep.load("smollm2", device="tpu")
     with pytest.raises(ValueError, match="kv_dtype is 'int2'"):
         metalstep.load("smollm2", kv_dtype="int2")
+    with pytest.raises(ValueError, match="kv_dtype is \\['float16'\\]"):
+        metalstep.load("smollm2", device="eager", kv_dtype=["float16"])
+    with pytest.raises(ValueError, match="max_position_embeddings is -1"):
+        metalstep.load("smollm2", model_config={"max_position_embeddings": -1})
     with pytest.raises(ValueError, match="arithmetic"):
         metalstep.load("smollm2", arithmetic="int4")
     for bad in (0, -5, 1.5, "many", 2**63):
