@@ -34,13 +34,14 @@ class GGUFCheckpoint(Checkpoint):
         self.file_bytes = self._file.size
         factors = self._tensor(ROPE_FACTORS, header) if ROPE_FACTORS in header.tensors else None
         self.config = read_config(self.path, header, None if factors is None else factors.numpy())
-        self._vocabulary = Vocabulary(self.path, header.metadata)
-        if len(self._vocabulary.tokens) > self.config["vocab_size"]:
+        vocabulary = Vocabulary(self.path, header.metadata)
+        self._vocabulary: Vocabulary | None = vocabulary
+        if len(vocabulary.tokens) > self.config["vocab_size"]:
             raise CheckpointError(
-                f"{self.path}: {len(self._vocabulary.tokens)} tokens, but token_embd.weight has {self.config['vocab_size']} rows; "
+                f"{self.path}: {len(vocabulary.tokens)} tokens, but token_embd.weight has {self.config['vocab_size']} rows; "
                 "convert the model again"
             )
-        self.config.update(special_ids(self._vocabulary))
+        self.config.update(special_ids(vocabulary))
         tensors: dict[str, Tensor] = {}
         for name, parameter in parameter_names(self.path, header).items():
             weight = self._tensor(name, header, parameter)
@@ -69,7 +70,9 @@ class GGUFCheckpoint(Checkpoint):
         return arrays
 
     def tokenizer(self, overrides: dict[str, Any] | None = None) -> Any:
-        return build_tokenizer(self._vocabulary, self.config, overrides)
+        vocabulary = self._vocabulary or Vocabulary(self.path, read_gguf(self._file).metadata)
+        self._vocabulary = None  # the tokenizer has copies of its own, and these strings take 10 MB; read again when asked again
+        return build_tokenizer(vocabulary, self.config, overrides)
 
     def close(self) -> None:
         self._file.close()
