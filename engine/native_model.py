@@ -74,6 +74,7 @@ class NativeModel:
         self.arithmetic = arithmetic
         self._graph = captured.graph(SHAPE_ROWS.tokens, SHAPE_ROWS.sampled)
         self._lock = threading.Lock()
+        self._closed = False
         self._plans: dict[tuple[int, int], Plan] = {}
         prepared = captured.prepare(lambda name: mx.array(checkpoint.tensors[name].numpy()))
         self.weights = WeightStore(device, checkpoint.tensors, prepared)
@@ -102,14 +103,18 @@ class NativeModel:
     def plan(self, tokens: int, sampled: int) -> Plan:
         """The plan for steps of up to `tokens` rows, `sampled` of them sampled; made on first use."""
         key = (tokens, sampled)
-        if key not in self._plans:
-            sizes = Sizes(tokens, sampled)
-            arrays = StepArrays(self.device, sizes, min(tokens, MAX_SEQS), self.cache.num_blocks)
-            lowered = lower(
-                self._graph, self.device, self.weights, self.cache.planes, arrays.buffers, sizes, self.arithmetic
-            )
-            self._plans[key] = Plan(self.device, lowered, arrays, sizes)
-        return self._plans[key]
+        if key in self._plans:
+            return self._plans[key]
+        with self._lock:
+            self.check_open()
+            if key not in self._plans:  # another thread may have been first
+                sizes = Sizes(tokens, sampled)
+                arrays = StepArrays(self.device, sizes, min(tokens, MAX_SEQS), self.cache.num_blocks)
+                lowered = lower(
+                    self._graph, self.device, self.weights, self.cache.planes, arrays.buffers, sizes, self.arithmetic
+                )
+                self._plans[key] = Plan(self.device, lowered, arrays, sizes)
+            return self._plans[key]
 
     def warmup(self) -> None:
         """Make the plans that generation uses, so that the first request does not."""
@@ -119,13 +124,18 @@ class NativeModel:
         """One step of `plan`; see Plan.run. Raises: ValueError for token ids outside the vocabulary."""
         check_tokens(np.asarray(batch.tokens), self.vocab_size)
         with self._lock:
+            self.check_open()
             return plan.run(batch).copy()
 
     def start(self, sampling: SamplingParams) -> SequenceRun:
         """A new, empty sequence. Raises: ValueError when the model is closed."""
-        if not self._plans:
-            raise ValueError("the model is closed; load it again")
+        self.check_open()
         return SequenceRun(self, sampling)
+
+    def check_open(self) -> None:
+        """Raises: ValueError when the model is closed. For whoever holds the lock, so that it stays open meanwhile."""
+        if self._closed:
+            raise ValueError("the model is closed; load it again")
 
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """Logits of every position of one fresh sequence: tokens int [length] -> float32 [length, vocab]."""
@@ -139,6 +149,7 @@ class NativeModel:
                 batch = run.batch(chunk, range(len(chunk)))
                 check_tokens(chunk, self.vocab_size)
                 with self._lock:
+                    self.check_open()
                     plan.run(batch)
                     out[at : at + len(chunk)] = plan.logits[: len(chunk)]
                 run.advance(len(chunk))
@@ -162,6 +173,7 @@ class NativeModel:
     def close(self) -> None:
         """Give the device's memory back; the step in progress ends first."""
         with self._lock:
+            self._closed = True
             for plan in self._plans.values():
                 plan.close()
             self._plans.clear()
@@ -223,10 +235,14 @@ class SequenceRun:
             if progress:
                 progress(at, len(tokens))
             chunk = tokens[at : at + rows]
+            last = at + rows >= len(tokens)
             plan = self._model.plan(1, 1) if len(chunk) == 1 else self._model.plan(PREFILL_ROWS, 1)
-            batch = self.batch(chunk, [len(chunk) - 1])
+            batch = self.batch(chunk, [len(chunk) - 1] if last else [])
             with self._model._lock:
-                self._keep(plan, *plan.run(batch)[0].item())
+                self._model.check_open()
+                sampled = plan.run(batch)
+                if last:
+                    self._keep(plan, *sampled[0].item())
             self.advance(len(chunk))
         if progress:
             progress(len(tokens), len(tokens))
@@ -243,8 +259,7 @@ class SequenceRun:
             model.cache.grow(sequence, position + 1)
         owner, slot = (self._name, len(blocks)), sequence.slot(position)
         with model._lock:
-            if not model._plans:
-                raise ValueError("the model is closed; load it again")
+            model.check_open()
             result = model.decode_inputs.step(owner, self.sampling, blocks, token, position, slot, state.counter)
             self._keep(model.decode_plan, *result)
         sequence.length = position + 1

@@ -64,6 +64,15 @@ def test_prefill_in_chunks_gives_the_same_bits(smollm2, chunk, length):
     np.testing.assert_array_equal(np.array(whole.logprobs), np.array(parts.logprobs))
 
 
+def test_a_seeded_text_does_not_depend_on_how_its_prompt_was_cut(smollm2):
+    """The counter of a seed counts the request's own tokens, not the steps of its prompt."""
+    prompt = list(range(500, 537))
+    options = dict(max_tokens=12, temp=1.5, seed=11)
+    whole = tokens(smollm2, prompt, **options)
+    for chunk in (1, 5, 36, 37):
+        assert tokens(smollm2, prompt, prefill_step_size=chunk, **options) == whole
+
+
 def test_prefill_and_decode_give_the_same_bits(smollm2):
     """The tokens a decode chose, fed back as a prompt, lead to the same distribution."""
     model, tokenizer = smollm2
@@ -102,13 +111,15 @@ def test_mlx_lms_sampler_and_processors_are_called(smollm2):
     assert seen == list(range(seen[0], seen[0] + len(banned)))
 
 
-def test_threads_sharing_a_model_get_what_they_get_alone(smollm2):
+@pytest.mark.parametrize("options", [{}, {"temp": 1.0, "top_p": 0.9, "seed": 4}], ids=["greedy", "sampled"])
+def test_threads_sharing_a_model_get_what_they_get_alone(smollm2, options):
     prompts = ["One fish", "Red sky at night", "To be or not"]
-    alone = [tokens(smollm2, p, max_tokens=12) for p in prompts]
+    alone = [tokens(smollm2, p, max_tokens=40, **options) for p in prompts]
+    free = smollm2[0].native.cache.free_blocks
     together = [None] * len(prompts)
 
     def work(i):
-        together[i] = tokens(smollm2, prompts[i], max_tokens=12)
+        together[i] = tokens(smollm2, prompts[i], max_tokens=40, **options)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(prompts))]
     for t in threads:
@@ -116,6 +127,7 @@ def test_threads_sharing_a_model_get_what_they_get_alone(smollm2):
     for t in threads:
         t.join()
     assert together == alone
+    assert smollm2[0].native.cache.free_blocks == free
 
 
 def test_a_dropped_generator_gives_its_blocks_back(smollm2):
