@@ -1,6 +1,7 @@
 """The paged KV cache: one pair of planes per layer, blocks handed to sequences and taken back."""
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -61,6 +62,7 @@ class PagedKVCache:
                 regions.append(Buffer(owner.handle, 0, shape, dtype))
             self.planes[layer] = KVPlanes(regions[0], regions[1], BLOCK_SIZE, code)
             self.bytes_per_token += heads * (key_dim + value_dim) * size
+        self._lock = threading.Lock()  # sequences of several threads take blocks from here
         self._free = list(range(num_blocks - 1, -1, -1))
 
     @property
@@ -72,20 +74,22 @@ class PagedKVCache:
 
         Raises: OutOfBlocksError, with nothing taken, when too few are free.
         """
-        needed = -(-tokens // BLOCK_SIZE) - len(sequence.blocks)
-        if needed > len(self._free):
-            raise OutOfBlocksError(
-                f"the KV cache has {len(self._free)} free blocks of {BLOCK_SIZE} tokens and the sequence needs {needed} more; "
-                "finish another generation first, or load with a larger max_context"
-            )
-        for _ in range(needed):
-            sequence.blocks.append(self._free.pop())
+        with self._lock:
+            needed = -(-tokens // BLOCK_SIZE) - len(sequence.blocks)
+            if needed > len(self._free):
+                raise OutOfBlocksError(
+                    f"the KV cache has {len(self._free)} free blocks of {BLOCK_SIZE} tokens and the sequence needs {needed} more; "
+                    "finish another generation first, or load with a larger max_context"
+                )
+            for _ in range(needed):
+                sequence.blocks.append(self._free.pop())
 
     def release(self, sequence: Sequence) -> None:
         """Take a sequence's blocks back."""
-        self._free.extend(reversed(sequence.blocks))
-        sequence.blocks.clear()
-        sequence.length = 0
+        with self._lock:
+            self._free.extend(reversed(sequence.blocks))
+            sequence.blocks.clear()
+            sequence.length = 0
 
 
 def kv_layers(graph: Graph) -> dict[object, tuple[int, int, int]]:
