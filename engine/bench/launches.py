@@ -16,8 +16,9 @@ from metalstep.sampling import SamplingParams
 def bench_launches(model: Model, *, context: int, steps: int) -> dict[str, Any]:
     """Profile `steps` decode steps at a cache of `context` tokens (their contents are zeros).
 
-    The profiled step waits for each launch, so its total is above that of a step that runs freely. Returns rows per
-    kind of launch: kernel, ops, count, us (sum of the medians over its launches), gb_s of the weights that it reads.
+    The profiled step waits for each launch. Medians leave out stalls that hit different launches in different steps, so on a
+    busy machine their sum is below the time of a step. Returns rows per kind of launch: kernel, ops, count, us (sum of the
+    medians over its launches), gb_s of the weights that it reads.
     Raises: ValueError for a model without a native step.
     """
     if model.native is None:
