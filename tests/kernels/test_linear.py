@@ -86,10 +86,12 @@ def test_an_embedding_reads_the_rows_that_a_product_multiplies(bits, group):
     with Harness() as h:
         packed = h.pack(words, bits=bits, group_size=group, dtype=dtype, n=n, k=k, **pointers)
         program, out = Program(), h.empty((len(ids), k))
-        row = embedding.emit(program, params.MS_SLOT_FIRST, k, n, bits, group, dtype)
-        program.store(row, params.MS_SLOT_FIRST + 1, row_stride=k)
+        first = params.MS_SLOT_FIRST
+        row = embedding.emit(program, first, k, n, bits, group, dtype, embeddings_slot=first + 1)
+        program.store(row, first + 2, row_stride=k)
         step = h.step(len(ids), ids=ids)
-        h.run(row_program.launches(program, step, [packed.buffer, out], params.MS_ROWS_TOKENS, len(ids)), len(ids))
+        buffers = [packed.buffer, step.embeddings, out]
+        h.run(row_program.launches(program, step, buffers, params.MS_ROWS_TOKENS, len(ids)), len(ids))
         np.testing.assert_allclose(h.get(out), exact[ids], rtol=1e-6, atol=1e-6)
 
 
@@ -186,6 +188,23 @@ def test_a_row_is_the_same_bits_alone_and_in_any_batch(rows, threads, bits, seed
         together = product(h, x, packed)
         alone = np.concatenate([product(h, row[None], packed) for row in x])
     np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("arithmetic", ["int16", "int8"])
+@given(bits=st.sampled_from([4, 8]), group=st.sampled_from([32, 64, 128]), groups=st.integers(1, 5), more=st.integers(1, 6))
+@settings(max_examples=12, deadline=None)
+def test_inputs_of_zero_behind_a_row_change_no_bit(arithmetic, bits, group, groups, more):
+    """Groups are rounded one by one and added in order, however many of them are quantised together."""
+    rng = np.random.default_rng(groups * group + more)
+    n, k, longer = 32, groups * group, (groups + more) * group
+    (words, scales, biases), _ = affine(rng, n, longer, bits, group)
+    x = rng.standard_normal((2, longer)).astype(np.float32)
+    x[:, k:] = 0
+    fields = dict(bits=bits, group_size=group, dtype=params.MS_FLOAT16, n=n)
+    with Harness() as h:
+        whole = h.pack(words, k=longer, scales=scales, biases=biases, **fields)
+        short = h.pack(words[:, : k * bits // 32], k=k, scales=scales[:, :groups], biases=biases[:, :groups], **fields)
+        np.testing.assert_array_equal(product(h, x, whole, arithmetic), product(h, x[:, :k], short, arithmetic))
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-30, 1e30, 65504.0])
@@ -290,6 +309,40 @@ def test_two_weights_meet_in_the_epilogue_behind_a_norm():
     g, u = normed @ exact_gate.T, normed @ exact_up.T
     want = g / (1 + np.exp(-g)) * u + residual
     assert relative_error(got, want) < TOLERANCE["int16"]
+
+
+@given(rows=st.integers(1, 140), threads=st.integers(1, 4), n=st.sampled_from([7, 16, 130, 720]), seed=st.integers(0, 99))
+@settings(max_examples=20, deadline=None)
+def test_an_epilogue_treats_each_row_as_it_would_alone(rows, threads, n, seed):
+    """Rows of a chunk share the instructions of tanh(a) * b + residual, not a bit of their results."""
+    rng = np.random.default_rng(seed)
+    k = 64
+    x, residual = (rng.standard_normal((rows, width)).astype(np.float32) for width in (k, n))
+    with Harness(threads) as h:
+        parts = []
+        for bits in (4, 6):
+            (words, scales, biases), _ = affine(rng, n, k, bits, 32)
+            fields = dict(bits=bits, group_size=32, dtype=params.MS_FLOAT16, n=n, k=k, scales=scales, biases=biases)
+            parts.append(h.pack(words, **fields))
+        first, f32 = linear.first_buffer_slot([parts]), mx.float32
+        epilogue = Program(epilogue=True)
+        a, b = epilogue.register(n), epilogue.register(n)
+        y = elementwise.emit(epilogue, "Tanh", (), [a], [f32], f32, n)
+        y = elementwise.emit(epilogue, "Multiply", (), [y, b], [f32, f32], f32, n)
+        r = epilogue.load(first, n, rows=params.MS_ROW_SELF, row_stride=n)
+        y = elementwise.emit(epilogue, "Add", (), [y, r], [f32, f32], f32, n)
+        epilogue.store(y, first + 1, row_stride=n)
+
+        def fused(some):
+            out = h.empty((some.stop - some.start, n))
+            buffers = [h.put(residual[some]), out]
+            step, source = h.step(out.shape[0]), Input(h.put(x[some]), 0, k)
+            h.run(linear.launches(source, [Segment(parts, epilogue)], step, buffers, 0, out.shape[0], "int16"), out.shape[0])
+            return h.get(out)
+
+        together = fused(slice(0, rows))
+        alone = np.concatenate([fused(slice(row, row + 1)) for row in range(rows)])
+    np.testing.assert_array_equal(together, alone)
 
 
 def test_weights_of_other_inputs_are_refused():

@@ -1,9 +1,11 @@
 // linear: epilogue(x · Wᵀ) over packed weights. Reference: kernels/linear.py.
 //
-// Few rows (decode): each thread quantises them all and takes a contiguous share of the panels; nothing waits. More
-// rows: the threads quantise a part each, meet once, and take blocks of columns as they become free.
+// Each thread has a contiguous share of the panels (linear_share.h), so that what the tiles prefetch is the thread's
+// own. Few rows (decode): each thread quantises them all; nothing waits. More rows: the threads quantise a part each,
+// meet once, and whoever has finished its share takes panels of the others'.
 #include "linear_activation_body.h"
 #include "linear_layout.h"
+#include "linear_share.h"
 #include "linear_tile_body.h"
 
 typedef struct {
@@ -86,7 +88,7 @@ static void MS_NAME(multiply)(const MS_NAME(linear) * l, const MSLinearPart *par
   }
 }
 
-// One segment on panels [first, first + count) (at most ms_linear_columns) and rows [row, end).
+// One segment on panels [first, first + count) (a chunk's columns at most) and rows [row, end).
 static void MS_NAME(run_block)(const MS_NAME(linear) * l, const MSLinearSegment *s, uint32_t first, uint32_t count,
                                uint32_t row, uint32_t end) {
   const MSLinearPart *parts = l->c.parts + s->first_part;
@@ -108,108 +110,99 @@ static void MS_NAME(run_block)(const MS_NAME(linear) * l, const MSLinearSegment 
       MS_NAME(multiply)(l, parts, first, count, row, rows, out, store->row_stride);
       continue;
     }
+    MS_NAME(prefetch_epilogue)(l->c.epilogues + s->first_instr, s->instrs, width, column, l->args, row, rows);
     for (uint32_t i = 0; i < s->parts; ++i) {
-      MS_NAME(multiply)(l, parts + i, first, count, row, rows, l->registers + i * (size_t)stride,
-                        s->parts * (size_t)stride);
+      MS_NAME(multiply)(l, parts + i, first, count, row, rows, l->registers + (size_t)i * rows * stride, stride);
     }
-    for (uint32_t m = rows; m-- > 0;) {
-      MS_NAME(run_epilogue)(l->c.epilogues + s->first_instr, s->instrs, l->registers + m * s->parts * (size_t)stride,
-                            stride, width, column, l->args, row + m);
-    }
+    MS_NAME(run_epilogue)(l->c.epilogues + s->first_instr, s->instrs, l->registers, stride, width, column, l->args, row,
+                          rows);
   }
 }
 
-// Bytes of one panel of all parts of a segment.
-static size_t MS_NAME(segment_bytes)(const MS_NAME(linear) * l, const MSLinearSegment *s) {
-  size_t bytes = 0;
-  for (uint32_t i = 0; i < s->parts; ++i) {
-    const MSLinearPart *part = l->c.parts + s->first_part + i;
-    bytes += ms_panel_stride(l->c.params->k, part->bits, part->group_size, part->dtype);
+// Panels [begin, end) of a round on rows [row, row_end).
+static void MS_NAME(run_panels)(const MS_NAME(linear) * l, uint32_t begin, uint32_t end, uint32_t row,
+                                uint32_t row_end) {
+  const uint32_t rows = row_end - row;
+  uint32_t start = 0;  // the segment's first panel
+  for (const MSLinearSegment *s = l->c.segments; start < end; ++s) {
+    const uint32_t next = start + ms_linear_segment_panels(&l->c, s);
+    const uint32_t first = begin > start ? begin : start, last = end < next ? end : next;
+    if (first < last) {
+      const size_t fit = MS_WEIGHT_BLOCK / ms_linear_segment_bytes(&l->c, s);
+      uint32_t most = ms_linear_columns(s->registers, rows) / MS_PANEL_ROWS;
+      if (rows > MS_CHUNK_ROWS && most > fit) most = fit ? (uint32_t)fit : 1;  // panels that serve several chunks
+      const uint32_t step = ms_linear_step(last - first, most);
+      for (uint32_t panel = first; panel < last; panel += step) {
+        MS_NAME(run_block)(l, s, panel - start, last - panel < step ? last - panel : step, row, row_end);
+      }
+    }
+    start = next;
   }
-  return bytes;
-}
-
-// Panels of the segment that come before byte `at` of the launch; the segment begins at byte `start`.
-static uint32_t MS_NAME(panels_before)(uint64_t at, uint64_t start, size_t panel_bytes, uint32_t panels) {
-  if (at <= start) return 0;
-  const uint64_t before = (at - start + panel_bytes - 1) / panel_bytes;
-  return before < panels ? (uint32_t)before : panels;
 }
 
 static void MS_NAME(linear_few)(MS_NAME(linear) * l) {
-  const MSLinearParams *p = l->c.params;
   const uint32_t thread = (uint32_t)l->args->thread, threads = (uint32_t)l->args->threads;
-  uint64_t total = 0, start = 0;
-  for (uint32_t i = 0; i < p->segments; ++i) {
-    const MSLinearSegment *s = l->c.segments + i;
-    total += MS_NAME(segment_bytes)(l, s) * (uint64_t)ms_panel_count(l->c.parts[s->first_part].n);
-  }
-  const uint64_t begin = total / threads * thread, end = thread + 1 == threads ? total : total / threads * (thread + 1);
-  bool ready = false;
-  for (uint32_t i = 0; i < p->segments; ++i) {
-    const MSLinearSegment *s = l->c.segments + i;
-    const size_t bytes = MS_NAME(segment_bytes)(l, s);
-    const uint32_t panels = ms_panel_count(l->c.parts[s->first_part].n);
-    uint32_t panel = MS_NAME(panels_before)(begin, start, bytes, panels);
-    const uint32_t last = MS_NAME(panels_before)(end, start, bytes, panels);
-    const uint32_t step = ms_linear_columns(s->registers, 1) / MS_PANEL_ROWS;
-    if (panel < last && !ready) {
-      MS_NAME(prepare_rows)(l, 0, l->rows);
-      ready = true;
-    }
-    for (; panel < last; panel += step) {
-      MS_NAME(run_block)(l, s, panel, last - panel < step ? last - panel : step, 0, l->rows);
-    }
-    start += bytes * (uint64_t)panels;
+  const uint32_t first = ms_linear_share(&l->c, 1, thread, threads);
+  const uint32_t end = ms_linear_share(&l->c, 1, thread + 1, threads);
+  if (first == end) return;
+  MS_NAME(prepare_rows)(l, 0, l->rows);
+  MS_NAME(run_panels)(l, first, end, 0, l->rows);
+}
+
+// Has the first lines of a round's panel on their way while the thread quantises rows and waits for the others.
+static void MS_NAME(prefetch_panel)(const MS_NAME(linear) * l, uint32_t panel) {
+  const MSLinearSegment *s = l->c.segments;
+  for (uint32_t count; panel >= (count = ms_linear_segment_panels(&l->c, s)); ++s) panel -= count;
+  for (uint32_t i = 0; i < s->parts; ++i) {
+    const MSLinearPart *part = l->c.parts + s->first_part + i;
+    const size_t stride = ms_linear_panel_bytes(&l->c, part);
+    const uint8_t *at = (const uint8_t *)l->args->buffers[part->slot] + panel * stride;
+    for (size_t line = 0; line < stride && line < MS_PREFETCH; line += 64) __builtin_prefetch(at + line, 0, 2);
   }
 }
 
-// Panels in a block of many rows: what stays in the second-level cache, and small enough that every thread finds work.
-static uint32_t MS_NAME(block_panels)(const MS_NAME(linear) * l, const MSLinearSegment *s, uint32_t fair) {
-  const size_t fit = MS_WEIGHT_BLOCK / MS_NAME(segment_bytes)(l, s);
-  uint32_t panels = ms_linear_columns(s->registers, 0) / MS_PANEL_ROWS;
-  if (panels > fit) panels = (uint32_t)fit;
-  if (panels > fair) panels = fair;
-  return panels ? panels : 1;
+// What is left of the panels [first, end), which `taken` counts, a piece of `step` panels at a time. A round of `round`
+// panels is a block of `block_rows` rows.
+static void MS_NAME(run_share)(const MS_NAME(linear) * l, uint32_t *taken, uint32_t first, uint32_t end, uint32_t step,
+                               uint32_t round, uint32_t block_rows) {
+  for (;;) {
+    const uint32_t before = __atomic_fetch_add(taken, step, __ATOMIC_RELAXED);
+    if (before >= end - first) return;
+    const uint32_t piece_end = end - first - before < step ? end : first + before + step;
+    for (uint32_t at = first + before; at < piece_end;) {
+      const uint32_t panel = at % round, row = at / round * block_rows;
+      const uint32_t count = piece_end - at < round - panel ? piece_end - at : round - panel;
+      if (row < l->rows) {
+        const uint32_t rows = l->rows - row < block_rows ? l->rows - row : block_rows;
+        MS_NAME(run_panels)(l, panel, panel + count, row, row + rows);
+      }
+      at += count;
+    }
+  }
 }
 
 static void MS_NAME(linear_many)(MS_NAME(linear) * l) {
-  const MSLinearParams *p = l->c.params;
-  const uint32_t thread = (uint32_t)l->args->thread, threads = (uint32_t)l->args->threads, rows = l->rows;
-  uint32_t *next = (uint32_t *)l->args->shared;
-  if (thread == 0) __atomic_store_n(next, 0, __ATOMIC_RELAXED);
-  MS_NAME(prepare_rows)(l, (uint32_t)((uint64_t)rows * thread / threads),
-                        (uint32_t)((uint64_t)rows * (thread + 1) / threads));
+  const uint32_t thread = (uint32_t)l->args->thread, threads = (uint32_t)l->args->threads;
+  const uint32_t rounds = (l->rows + MS_ROW_BLOCK - 1) / MS_ROW_BLOCK;
+  const uint32_t block_rows = ((l->rows + rounds - 1) / rounds + MS_CHUNK_ROWS - 1) / MS_CHUNK_ROWS * MS_CHUNK_ROWS;
+  const uint32_t total = ms_linear_share(&l->c, rounds, threads, threads), round = total / rounds;
+  uint8_t *const counters = (uint8_t *)l->args->shared;
+#define MS_COUNTER(of) ((uint32_t *)(void *)(counters + (size_t)(of) * MS_COUNTER_BYTES))
+  __atomic_store_n(MS_COUNTER(thread), 0, __ATOMIC_RELAXED);
+  const uint32_t mine = ms_linear_share(&l->c, rounds, thread, threads);
+  if (mine < total) MS_NAME(prefetch_panel)(l, mine % round);
+  MS_NAME(prepare_rows)(l, (uint32_t)((uint64_t)l->rows * thread / threads),
+                        (uint32_t)((uint64_t)l->rows * (thread + 1) / threads));
   ms_pool_barrier(l->args->pool);
 
-  uint32_t panels = 0, blocks = 0;
-  const uint32_t row_blocks = (rows + MS_ROW_BLOCK - 1) / MS_ROW_BLOCK;
-  const uint32_t block_rows =
-      ((rows + row_blocks - 1) / row_blocks + MS_CHUNK_ROWS - 1) / MS_CHUNK_ROWS * MS_CHUNK_ROWS;
-  for (uint32_t i = 0; i < p->segments; ++i) panels += ms_panel_count(l->c.parts[l->c.segments[i].first_part].n);
-  const uint64_t fair = (uint64_t)panels * row_blocks / (threads * 8);
-  const uint32_t limit = fair < panels ? (uint32_t)fair : panels;
-  for (uint32_t i = 0; i < p->segments; ++i) {
-    const uint32_t step = MS_NAME(block_panels)(l, l->c.segments + i, limit);
-    blocks += (ms_panel_count(l->c.parts[l->c.segments[i].first_part].n) + step - 1) / step;
+  const uint32_t fair = total / (threads * MS_PIECES), step = fair > MS_PIECE ? MS_PIECE : fair ? fair : 1;
+  for (uint32_t i = 0; i < threads; ++i) {
+    const uint32_t owner = (thread + i) % threads;
+    const uint32_t first = ms_linear_share(&l->c, rounds, owner, threads);
+    const uint32_t end = ms_linear_share(&l->c, rounds, owner + 1, threads);
+    MS_NAME(run_share)(l, MS_COUNTER(owner), first, end, step, round, block_rows);
   }
-  for (;;) {
-    const uint32_t work = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED), row = work / blocks * block_rows;
-    if (work / blocks >= row_blocks || row >= rows) return;
-    uint32_t block = work % blocks;
-    for (const MSLinearSegment *s = l->c.segments;; ++s) {
-      const uint32_t step = MS_NAME(block_panels)(l, s, limit), count = ms_panel_count(l->c.parts[s->first_part].n);
-      const uint32_t mine = (count + step - 1) / step;
-      if (block >= mine) {
-        block -= mine;
-        continue;
-      }
-      const uint32_t first = block * step;
-      MS_NAME(run_block)(l, s, first, count - first < step ? count - first : step, row,
-                         rows - row < block_rows ? rows : row + block_rows);
-      break;
-    }
-  }
+#undef MS_COUNTER
 }
 
 void MS_NAME(ms_linear)(const ms_host_args *args) {
@@ -225,7 +218,7 @@ void MS_NAME(ms_linear)(const ms_host_args *args) {
     l.activations = (uint8_t *)args->scratch + at.activations_at;
     MS_NAME(linear_few)(&l);
   } else {
-    l.activations = (uint8_t *)args->shared + MS_COUNTER_BYTES;
+    l.activations = (uint8_t *)args->shared + (size_t)args->threads * MS_COUNTER_BYTES;
     MS_NAME(linear_many)(&l);
   }
 }

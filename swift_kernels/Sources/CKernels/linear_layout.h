@@ -11,9 +11,12 @@
 enum {
   MS_FEW_ROWS = 4,            // up to here each thread quantises all rows for itself: no barrier inside the launch
   MS_CHUNK_ROWS = 8,          // rows whose products are kept for the epilogue at once
+  MS_CHUNK_BYTES = 1 << 15,   // their registers: a chunk has as many columns as fit, and one panel's at least
+  MS_PIECES = 4,              // in which a thread takes its share of many panels, at least
+  MS_PIECE = 8,               // panels of a piece, at most
   MS_ROW_BLOCK = 128,         // rows for which a block of weights, once in the second-level cache, serves
   MS_WEIGHT_BLOCK = 1 << 18,  // bytes of such a block
-  MS_COUNTER_BYTES = 64,      // in front of the shared activations: the next piece of work
+  MS_COUNTER_BYTES = 128,     // for the count of panels taken of a thread's share: lines are fetched in pairs
 };
 
 // The constants, taken apart.
@@ -33,16 +36,18 @@ static inline ms_linear_constants ms_linear_constants_at(const void *constants) 
   return c;
 }
 
-// Columns of a block: wide for few rows, where interpreting an epilogue would show; else what fits in the cache.
-static inline uint32_t ms_linear_columns(uint32_t registers, int few) {
-  return few ? (registers <= 8 ? 512 : 256) : 128;
+// Columns of a chunk of up to `rows` rows: many, so that what interpreting an epilogue costs does not show.
+static inline uint32_t ms_linear_columns(uint32_t registers, uint32_t rows) {
+  uint32_t columns = MS_CHUNK_BYTES / (MS_CHUNK_ROWS * sizeof(float)), fewer = MS_CHUNK_ROWS;
+  while (columns > MS_PANEL_ROWS && columns * registers * sizeof(float) * MS_CHUNK_ROWS > MS_CHUNK_BYTES) columns /= 2;
+  for (; fewer / 2 >= rows; fewer /= 2) columns *= 2;
+  return columns;
 }
 
-// Products of a chunk and the registers of its epilogue. Row m's registers begin after its predecessors' products and
-// run over its successors': epilogues go from the last row to the first.
-static inline uint64_t ms_linear_registers_bytes(const MSLinearSegment *s, int few) {
-  const uint64_t rows = few ? MS_FEW_ROWS : MS_CHUNK_ROWS, registers = (rows - 1) * s->parts + s->registers;
-  return (registers * ms_linear_columns(s->registers, few) + MS_PROGRAM_SLACK) * sizeof(float);
+// The registers of a chunk, products first: row after row of the first register, then of the next.
+static inline uint64_t ms_linear_registers_bytes(const MSLinearSegment *s) {
+  const uint64_t elements = (uint64_t)MS_CHUNK_ROWS * ms_linear_columns(s->registers, MS_CHUNK_ROWS);
+  return (elements * s->registers + MS_PROGRAM_SLACK) * sizeof(float);
 }
 
 // Streams of a row of activations. offset: bytes in the row; SIZE_MAX: no weight needs it.
@@ -69,10 +74,8 @@ typedef struct {
 static inline ms_linear_scratch ms_linear_scratch_of(const ms_linear_constants *c, const ms_linear_streams *streams) {
   uint64_t registers = 0;
   for (uint32_t i = 0; i < c->params->segments; ++i) {
-    for (int few = 0; few < 2; ++few) {
-      const uint64_t bytes = ms_linear_registers_bytes(&c->segments[i], few);
-      if (bytes > registers) registers = bytes;
-    }
+    const uint64_t bytes = ms_linear_registers_bytes(&c->segments[i]);
+    if (bytes > registers) registers = bytes;
   }
   ms_linear_scratch scratch = {.registers_at = c->params->prologue ? ms_program_row_bytes(c->params->registers) : 0};
   scratch.activations_at = scratch.registers_at + (registers + 63) / 64 * 64;

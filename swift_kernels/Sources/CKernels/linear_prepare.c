@@ -93,7 +93,6 @@ static const char *check_segment(const ms_linear_constants *c, uint32_t i, uint3
 }
 
 MS_PREPARE(linear) {
-  (void)threads;
   if (const_bytes < sizeof(MSLinearParams)) {
     REFUSE("linear: %u bytes of constants; MSLinearParams alone has %zu", const_bytes, sizeof(MSLinearParams));
   }
@@ -112,6 +111,6 @@ MS_PREPARE(linear) {
   const ms_linear_streams streams = ms_linear_streams_of(&c);
   scratch->per_thread = ms_linear_scratch_of(&c, &streams).bytes;
   const uint64_t rows = p->rows == MS_ROWS_TOKENS ? max_tokens : max_sampled;
-  scratch->shared = rows > MS_FEW_ROWS ? MS_COUNTER_BYTES + rows * streams.row_bytes : 0;
+  scratch->shared = rows > MS_FEW_ROWS ? (uint64_t)threads * MS_COUNTER_BYTES + rows * streams.row_bytes : 0;
   return NULL;
 }

@@ -4,10 +4,8 @@
 // MS_PROGRAM_SLACK elements behind its last register. Buffers are never touched beyond the n elements of a LOAD or
 // STORE.
 typedef struct {
-  float *regs;
-  uint32_t stride;         // elements that one register number counts: 1 in a row program
-  uint32_t width, column;  // of an epilogue's column block; 0 in a row program
   uint32_t row;
+  uint32_t column;  // the first of an epilogue's columns; 0 in a row program
   const ms_host_args *args;
 } MS_NAME(program);
 
@@ -37,6 +35,8 @@ static void MS_NAME(run_row_instr)(const MS_NAME(program) * p, const MSInstr *in
       const int32_t token = ((const int32_t *)buffers[MS_SLOT_TOKENS])[p->row];
       if (token >= 0 && (uint32_t)token < in->dims[3]) {
         MS_NAME(panel_row)(buffers[in->slot], (uint32_t)token, n, in->dims[0], in->dims[1], in->dims[2], dst);
+      } else if (token < 0) {
+        MS_NAME(load_row)(dst, buffers[in->slot2], (-(int64_t)token - 1) * n, n, MS_FLOAT32);
       } else {  // not a token: NaN, which sampling reports
         for (uint32_t i = 0; i < n; ++i) dst[i] = __builtin_nanf("");
       }
@@ -165,46 +165,91 @@ static void MS_NAME(run_elementwise)(const MSInstr *in, uint32_t n, float *dst, 
   }
 }
 
-static void MS_NAME(run_instrs)(const MS_NAME(program) * p, const MSInstr *instrs, uint32_t count) {
+// Where the operands of an instruction are: registers of `stride` elements each, or `scalars` filled with an immediate.
+// An elementwise instruction goes on by `steps` elements from vector to vector.
+typedef struct {
   _Alignas(64) float scalars[3][16];
-  for (const MSInstr *in = instrs; in != instrs + count; ++in) {
-    const uint32_t n = in->n ? in->n : p->width;
-    float *const dst = p->regs + (size_t)in->dst * p->stride;
-    const uint32_t numbers[3] = {in->a, in->b, in->c};
-    const float immediates[3] = {in->imm0, in->imm1, in->imm2};
-    const float *operands[3];
-    uint32_t steps[3];
-    for (uint32_t i = 0; i < 3; ++i) {
-      operands[i] = numbers[i] == MS_NONE ? NULL : p->regs + (size_t)numbers[i] * p->stride;
-      steps[i] = operands[i] == NULL ? 0 : 16;  // an absent operand is not advanced: NULL + 16 is undefined
-      if (in->imm >> i & 1) {
-        vstore(scalars[i], vsplat(immediates[i]));
-        operands[i] = scalars[i];
-        steps[i] = 0;
-      }
-    }
-    if (in->op < MS_OP_COPY) {
-      MS_NAME(run_row_instr)(p, in, n, dst, operands[0], operands[1], operands[2]);
-    } else {
-      MS_NAME(run_elementwise)(in, n, dst, operands[0], steps[0], operands[1], steps[1], operands[2], steps[2]);
+  const float *at[3];
+  uint32_t steps[3];
+} MS_NAME(operands);
+
+MS_VEC void MS_NAME(find_operands)(MS_NAME(operands) * o, const MSInstr *in, const float *regs, size_t stride) {
+  const uint32_t numbers[3] = {in->a, in->b, in->c};
+  const float immediates[3] = {in->imm0, in->imm1, in->imm2};
+  for (uint32_t i = 0; i < 3; ++i) {
+    o->at[i] = numbers[i] == MS_NONE ? NULL : regs + numbers[i] * stride;
+    o->steps[i] = o->at[i] == NULL ? 0 : 16;  // an absent operand is not advanced: NULL + 16 is undefined
+    if (in->imm >> i & 1) {
+      vstore(o->scalars[i], vsplat(immediates[i]));
+      o->at[i] = o->scalars[i];
+      o->steps[i] = 0;
     }
   }
+}
+
+MS_VEC void MS_NAME(run_found)(const MSInstr *in, uint32_t n, float *dst, const MS_NAME(operands) * o) {
+  MS_NAME(run_elementwise)(in, n, dst, o->at[0], o->steps[0], o->at[1], o->steps[1], o->at[2], o->steps[2]);
 }
 
 // A row program on one row. regs: the scratch row, 64-byte aligned, MS_PROGRAM_SLACK elements longer than its
 // registers.
 static void MS_NAME(run_program)(const MSInstr *instrs, uint32_t count, float *regs, const ms_host_args *args,
                                  uint32_t row) {
-  const MS_NAME(program) program = {regs, 1, 0, 0, row, args};
-  MS_NAME(run_instrs)(&program, instrs, count);
+  const MS_NAME(program) program = {row, 0, args};
+  MS_NAME(operands) o;
+  for (const MSInstr *in = instrs; in != instrs + count; ++in) {
+    MS_NAME(find_operands)(&o, in, regs, 1);
+    if (in->op < MS_OP_COPY) {
+      MS_NAME(run_row_instr)(&program, in, in->n, regs + in->dst, o.at[0], o.at[1], o.at[2]);
+    } else {
+      MS_NAME(run_found)(in, in->n, regs + in->dst, &o);
+    }
+  }
 }
 
-// An epilogue on columns [column, column + width) of one row: register r is regs + r * stride, stride a multiple of 16.
-// LOAD and STORE add `column` to the element offset; n == 0 means width.
+// An epilogue on columns [column, column + width) of rows [row, row + rows): register r of row m is at
+// regs + (r * rows + m) * stride, stride the width rounded up to 16. LOAD and STORE add `column` to the element offset.
 static void MS_NAME(run_epilogue)(const MSInstr *instrs, uint32_t count, float *regs, uint32_t stride, uint32_t width,
-                                  uint32_t column, const ms_host_args *args, uint32_t row) {
-  const MS_NAME(program) program = {regs, stride, width, column, row, args};
-  MS_NAME(run_instrs)(&program, instrs, count);
+                                  uint32_t column, const ms_host_args *args, uint32_t row, uint32_t rows) {
+  MS_NAME(operands) o;
+  const uint32_t elements = rows * stride;
+  for (const MSInstr *in = instrs; in != instrs + count; ++in) {
+    MS_NAME(find_operands)(&o, in, regs, elements);
+    if (in->op >= MS_OP_COPY) {
+      MS_NAME(run_found)(in, elements, regs + in->dst * (size_t)elements, &o);
+      continue;
+    }
+    for (uint32_t m = 0; m < rows; ++m) {
+      const MS_NAME(program) program = {row + m, column, args};
+      const int64_t at = MS_NAME(row_start)(&program, in);
+      if (in->op == MS_OP_LOAD) {
+        float *const to = regs + in->dst * (size_t)elements + m * (size_t)stride;
+        MS_NAME(load_row)(to, args->buffers[in->slot], at, width, in->dtype);
+      } else {
+        MS_NAME(store_row)(o.at[0] + m * (size_t)stride, args->buffers[in->slot], at, width, in->dtype);
+      }
+    }
+  }
+}
+
+// Has the elements that run_epilogue will load and store on their way while the products are computed.
+static void MS_NAME(prefetch_epilogue)(const MSInstr *instrs, uint32_t count, uint32_t width, uint32_t column,
+                                       const ms_host_args *args, uint32_t row, uint32_t rows) {
+  for (const MSInstr *in = instrs; in != instrs + count; ++in) {
+    if (in->op >= MS_OP_COPY || in->rows == MS_ROW_SAME) continue;
+    const int64_t bytes = ms_dtype_bytes(in->dtype), line = 64;
+    for (uint32_t m = 0; m < rows; ++m) {
+      const MS_NAME(program) program = {row + m, column, args};
+      const uint8_t *at = (const uint8_t *)args->buffers[in->slot] + MS_NAME(row_start)(&program, in) * bytes;
+      for (int64_t i = 0; i < width * bytes; i += line) {
+        if (in->op == MS_OP_LOAD) {
+          __builtin_prefetch(at + i, 0, 2);
+        } else {
+          __builtin_prefetch(at + i, 1, 2);
+        }
+      }
+    }
+  }
 }
 
 #undef MS_EACH
