@@ -15,14 +15,24 @@ THREADS = 128
 
 
 def reference(
-    q: mx.array, keys: mx.array, values: mx.array, position: int, scale: float, window: int, softcap: float, sinks: mx.array | None
+    q: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    position: int,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: mx.array | None,
+    seq_window: int = 0,
+    keep: int = 0,
 ) -> mx.array:
     """One row, in float32: q [num_q_heads, head_dim], keys [num_kv_heads, context, head_dim], values likewise. The row sees
-    positions up to its own, the last `window` of them if window > 0. Returns [num_q_heads, value_dim]."""
+    positions up to its own, the last `window` of them if window > 0; of these, if seq_window > 0, the sequence's first `keep` and
+    the last seq_window - keep (one at least). Returns [num_q_heads, value_dim]."""
     group = q.shape[0] // keys.shape[0]
-    first = max(0, position - window + 1) if window else 0
-    keys = mx.repeat(keys[:, first : position + 1].astype(mx.float32), group, axis=0)
-    values = mx.repeat(values[:, first : position + 1].astype(mx.float32), group, axis=0)
+    seen = visible(position, window, seq_window, keep)
+    keys = mx.repeat(keys[:, seen].astype(mx.float32), group, axis=0)
+    values = mx.repeat(values[:, seen].astype(mx.float32), group, axis=0)
     scores = (keys @ q.astype(mx.float32)[:, :, None])[:, :, 0] * scale
     if softcap:
         scores = mx.tanh(scores / softcap) * softcap
@@ -31,6 +41,13 @@ def reference(
     weights = mx.softmax(scores, axis=-1)
     weights = weights if sinks is None else weights[:, :-1]
     return (weights[:, None] @ values)[:, 0]
+
+
+def visible(position: int, window: int, seq_window: int, keep: int) -> mx.array:
+    """The positions that a row at `position` sees, ascending, int32: of a layer with `window`, in a sequence with seq_window and keep."""
+    first = max(0, position + 1 - window) if window else 0
+    recent = position + 1 - max(1, seq_window - keep) if 0 < seq_window <= position else 0
+    return mx.array([p for p in range(first, position + 1) if p < keep or p >= recent], mx.int32)
 
 
 def launches(
@@ -53,10 +70,13 @@ def launches(
     softcap: float = 0.0,
     sinks: Buffer | None = None,
     max_rows: int,
+    group: int = 0,
 ) -> list[Launch]:
     """Attend with q (float32 rows of num_q_heads * head_dim elements from `q_offset`, `q_row_stride` elements apart) over the planes.
 
-    Units: window in positions (0: all), q_offset and q_row_stride in elements. kv_dtype: ms_dtype of the planes.
+    Units: window in positions (0: all; step.sequences has each sequence's own), q_offset and q_row_stride in elements.
+    kv_dtype: ms_dtype of the planes.
+    group: of the layers that share this one's block tables.
     Raises: ValueError for head counts that do not divide.
     """
     check.divides("attention", "num_q_heads", num_q_heads, "num_kv_heads", num_kv_heads)
@@ -75,5 +95,8 @@ def launches(
         scale=scale,
         softcap=softcap,
     )
-    bindings = [step.step, step.positions, step.seq_ids, step.block_tables, q, k_plane, v_plane, out, sinks or step.step]
+    tables = step.block_tables[group]
+    bindings = [
+        step.step, step.positions, step.seq_ids, tables, q, k_plane, v_plane, out, sinks or step.step, step.sequences,
+    ]  # fmt: skip
     return [Launch("attention", bindings, constants, grid=(max_rows, num_kv_heads, 1), threads=(THREADS, 1, 1))]

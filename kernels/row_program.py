@@ -11,10 +11,13 @@ from metalstep.kernels.step import StepBuffers
 THREADS = 256  # threads of a threadgroup; one threadgroup per row on a GPU
 
 
-def launches(program: Program, step: StepBuffers, buffers: Sequence[Buffer], rows: int, max_rows: int) -> list[Launch]:
+def launches(
+    program: Program, step: StepBuffers, buffers: Sequence[Buffer], rows: int, max_rows: int, group: int = 0
+) -> list[Launch]:
     """Run `program` on every row.
 
-    buffers: what the program's slots from MS_SLOT_FIRST on name. rows: ms_rows, which count of the step it runs over.
+    buffers: what the program's slots from MS_SLOT_FIRST on name. rows: ms_rows, which count of the step it runs over. group: of the
+    layers whose cache it writes.
     """
     constants = params.pack(
         "MSRowProgramParams", rows=rows, instrs=len(program.instructions), registers=program.registers
@@ -22,7 +25,7 @@ def launches(program: Program, step: StepBuffers, buffers: Sequence[Buffer], row
     return [
         Launch(
             "row_program",
-            [*step.program_slots(), *buffers],
+            [*step.program_slots(group), *buffers],
             constants + program.constants(),
             grid=(max_rows, 1, 1),
             threads=(THREADS, 1, 1),

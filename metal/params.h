@@ -26,9 +26,17 @@ enum ms_rows {
 typedef struct {
   uint32_t num_tokens;    // rows in tokens, positions, seq_ids, slot_mapping
   uint32_t num_sampled;   // rows in sampled_rows
-  uint32_t num_seqs;      // rows of block_tables
+  uint32_t num_seqs;      // rows of block_tables and sequences
   uint32_t max_blocks;    // columns of block_tables
+  uint32_t index;         // of this step in its run, from 0; step_advance counts it
+  uint32_t advance;       // 1: every row is sampled and step_advance makes the next step's inputs of the sampled tokens
 } MSStep;
+
+// One per row of block_tables.
+typedef struct {
+  uint32_t window;  // positions that a row sees, itself and the first `keep` included; 0: all. Layers may see fewer.
+  uint32_t keep;    // first positions that stay visible; 0 without a window
+} MSSequence;
 
 // ---- row programs: what happens to one row between two matmuls, and a matmul's epilogue -------------------------------
 // A program is an array of MSInstr run for each row in order. Registers are ranges of float32 in a scratch row, given by
@@ -41,7 +49,8 @@ enum ms_instr_op {
   MS_OP_GATHER = 3,   // dst[i] = a[offset + sum idx*strides], i counting the axes contiguously
   MS_OP_SCATTER = 4,  // dst[offset + sum idx*strides] = combine(dst[...], a[i]); combine by inner (ms_combine)
   // Rows of a table, rotations, norms, reductions, the cache.
-  MS_OP_EMBEDDING = 5,    // dst[0..n) = row tokens[row] of the packed weight in slot; dims = bits, group_size, dtype, rows
+  MS_OP_EMBEDDING = 5,    // dst[0..n) = row tokens[row] of the packed weight in slot; dims = bits, group_size, dtype, rows;
+                          // a token t < 0 is row -(t + 1) of slot2, float32 [.., n] (the caller's own embeddings)
   MS_OP_ROPE_ANGLES = 6,  // dst[0..n) = cos, dst[n..2n) = sin of positions[row]*imm1/freq; freq = b[i], or imm0^(i/n) if b is MS_NONE
   MS_OP_ROPE = 7,         // dst = a rotated, heads of `inner` elements, the first 2*dims[0] of each; b = angles; dims[1] = traditional
   MS_OP_RMS_NORM = 8,     // dst = a / rms(a) * b over spans of `inner`; b may be MS_NONE; imm0 = eps
@@ -211,40 +220,121 @@ enum ms_attention_slot {
   MS_ATTN_V = 6,             // kv_dtype [block, kv_head, block_size, value_dim]
   MS_ATTN_OUT = 7,           // float32 [num_tokens, num_q_heads, value_dim]
   MS_ATTN_SINKS = 8,         // float32 [num_q_heads]; any buffer when has_sinks is 0
+  MS_ATTN_SEQUENCES = 9,     // MSSequence [num_seqs]
 };
 
 // ---- sampling ---------------------------------------------------------------------------------------------------------
 typedef struct {
   uint32_t vocab_size;
+  uint32_t max_rows;        // row stride of the results from one step of a run to the next
+  uint32_t max_top;         // columns of MS_SAMPLE_TOP
+  uint32_t history_stride;  // columns of MS_SAMPLE_HISTORY
 } MSSampleParams;
 
+enum ms_sample_flags {
+  MS_SAMPLE_PROCESSED_LOGPROBS = 1,   // logprob, rank and top are of the logits after bias, penalties and masks, which replace
+                                      // the row in MS_SAMPLE_LOGITS; else of the model's own, and the row stays
+  MS_SAMPLE_TEMPERATURE_FIRST = 2,    // filters see the tempered distribution: min_p, xtc, top_k, top_p of what is left (vLLM);
+                                      // else top_p, min_p, xtc, top_k of the untempered one (mlx-lm)
+  MS_SAMPLE_COMMIT = 4,               // the sampled token is written to the state's history behind the row's position and counted;
+                                      // not with a target. No other row of the step has this state.
+};
+
 // One per sampled row. Seeds are counter-based (Philox 4x32-10): a row's draw depends on seed and counter alone.
+// Order: bias, repetition, presence, frequency (mlx-lm's), stop tokens before min_tokens, masks, then the filters. Of equal
+// logits top_k and min_keep take the first; mlx-lm's top_p takes all that equal its last, vLLM's the first.
+// Kernels know no table's length: ranges, states, masks and targets lie within theirs. The tokens of a range differ.
 typedef struct {
-  float temperature;  // 0: the most likely token
+  float temperature;  // 0: the most likely token that is allowed
   float top_p;        // in (0, 1]; 1: off
-  float min_p;        // in [0, 1); 0: off
+  float min_p;        // in [0, 1]; 0: off
+  uint32_t min_keep;  // most likely tokens that min_p keeps in any case; 0 is 1
   uint32_t top_k;     // 0: off
+  float xtc_probability;  // that all tokens above xtc_threshold but the least likely of them are dropped; 0: off
+  float xtc_threshold;    // in [0, 0.5]
+  uint32_t xtc_first, xtc_count;    // range of MS_SAMPLE_BIASES: tokens that xtc does not drop
+  float repetition_penalty;         // divides positive logits, multiplies negative ones; 1 (or 0): off
+  float presence_penalty;           // subtracted once; 0: off
+  float frequency_penalty;          // subtracted per occurrence; 0: off
+  uint32_t repetition_window;       // last tokens of prompt and output that count; 0: all of them
+  uint32_t presence_window;         // likewise; 0: all tokens of the output, and none of the prompt's
+  uint32_t frequency_window;        // likewise
+  int32_t state;                    // row of history and counts; read only with a penalty or MS_SAMPLE_COMMIT; negative: none
+  uint32_t counted;                 // positions of the history that counts hold; what lies behind, up to the row's own, counts as output
+  uint32_t bias_first, bias_count;  // range of MS_SAMPLE_BIASES, added to logits
+  uint32_t stop_first, stop_count;  // range of MS_SAMPLE_BIASES: tokens that are not allowed while counter < min_tokens
+  uint32_t min_tokens;
+  uint32_t mask;                    // 1 + row of MS_SAMPLE_MASKS; 0: none
+  uint32_t grammar;                 // likewise; a token needs its bit in both
+  int32_t target;                   // a token to report on instead of sampling (prompt logprobs); negative: sample
+  uint32_t top;                     // most likely tokens to report, up to max_top
+  uint32_t flags;                   // ms_sample_flags
   uint32_t seed_lo, seed_hi;
-  uint32_t counter;   // how many tokens this request has sampled
+  uint32_t counter;                 // how many tokens this request has sampled
 } MSSampling;
 
 enum ms_sample_status {
   MS_SAMPLE_OK = 0,
-  MS_SAMPLE_NOT_FINITE = 1,  // the row's logits hold a NaN or +infinity, or are all -infinity
+  MS_SAMPLE_NOT_FINITE = 1,       // the row's logits hold a NaN or +infinity (or overflow to one when they are processed), or
+                                  // are all -infinity
+  MS_SAMPLE_NOTHING_ALLOWED = 2,  // masks, biases or stop tokens leave no token
 };
 
 typedef struct {
   int32_t token;
-  float logprob;     // of the token under the model's own distribution (temperature 1, no filter)
-  uint32_t rank;     // 1: the most likely
-  uint32_t status;   // ms_sample_status
+  float logprob;     // of the token, at temperature 1 and without filters
+  uint32_t rank;     // 1: the most likely; equal logits by index
+  uint32_t status;   // ms_sample_status; the other fields are 0, NaN, 0 if not OK
 } MSSampled;
+
+typedef struct {
+  int32_t token;  // -1, with a NaN: none, the vocabulary (or what is finite of it) ended, or the row is not OK
+  float logprob;
+} MSTopLogprob;
+
+typedef struct {
+  int32_t token;
+  float bias;
+} MSTokenBias;
 
 enum ms_sample_slot {
   MS_SAMPLE_STEP = 0,
-  MS_SAMPLE_LOGITS = 1,    // float32 [num_sampled, vocab_size]
-  MS_SAMPLE_SAMPLING = 2,  // MSSampling [num_sampled]
-  MS_SAMPLE_OUT = 3,       // MSSampled [num_sampled]
+  MS_SAMPLE_LOGITS = 1,        // float32 [num_sampled, vocab_size]
+  MS_SAMPLE_SAMPLING = 2,      // MSSampling [num_sampled]
+  MS_SAMPLE_OUT = 3,           // MSSampled [steps of a run, max_rows]; this step's row is MSStep.index
+  MS_SAMPLE_TOP = 4,           // MSTopLogprob [steps of a run, max_rows, max_top], descending, equal ones by index
+  MS_SAMPLE_POSITIONS = 5,     // int32 [num_tokens]
+  MS_SAMPLE_SAMPLED_ROWS = 6,  // int32 [num_sampled]
+  MS_SAMPLE_BIASES = 7,        // MSTokenBias [..]
+  MS_SAMPLE_MASKS = 8,         // uint32 [.., ceil(vocab_size / 32)], bit token % 32 of word token / 32: allowed
+  MS_SAMPLE_HISTORY = 9,       // int32 [states, history_stride]: token at each position of the request's prompt and output;
+                               // negative: none, the caller's own embedding
+  MS_SAMPLE_COUNTS = 10,       // uint32 [states, vocab_size]: occurrences in the output; MS_COUNT_IN_PROMPT: in the prompt
+};
+
+enum { MS_COUNT_IN_PROMPT = 0x40000000 };  // bit of a count
+
+// ---- step_advance: the next decode step's inputs from this step's results ---------------------------------------------------
+// MSStep.index grows by one. Where MSStep.advance is set, for each sampled row i, of row r = sampled_rows[i]: tokens[r] becomes
+// the sampled token, counter and (with MS_SAMPLE_COMMIT) counted grow by one, and if positions[r] + 1 < limits[i] the position
+// moves on and each group's slot mapping follows its block table (-1 where that has no block, or no such sequence); else the row
+// stays and its slots become -1. A row whose sample is not OK stays too, and its tokens, counter and counted are left.
+typedef struct {
+  uint32_t block_size;
+  uint32_t groups;    // of layers that share block tables
+  uint32_t max_rows;  // as in MSSampleParams
+} MSStepAdvanceParams;
+
+enum ms_step_advance_slot {
+  MS_ADVANCE_STEP = 0,
+  MS_ADVANCE_TOKENS = 1,
+  MS_ADVANCE_POSITIONS = 2,
+  MS_ADVANCE_SEQ_IDS = 3,
+  MS_ADVANCE_SAMPLED_ROWS = 4,
+  MS_ADVANCE_SAMPLING = 5,
+  MS_ADVANCE_SAMPLED = 6,       // MSSampled [steps of a run, max_rows]
+  MS_ADVANCE_LIMITS = 7,        // int32 [num_sampled]: positions that the row's sequence may have
+  MS_ADVANCE_GROUPS = 8,        // per group: block tables, then slot mapping
 };
 
 // ---- add_rms_norm -------------------------------------------------------------------------------------------------------

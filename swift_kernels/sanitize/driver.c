@@ -145,6 +145,7 @@ int main(int argc, char **argv) {
       try_linear(isa);
       try_attention(isa);
       try_sample(isa);
+      try_step_advance(isa);
       try_add_rms_norm(isa);
       try_broken_constants(isa);
     }

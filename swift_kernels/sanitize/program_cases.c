@@ -51,7 +51,7 @@ static MSInstr random_instr(void) {
       in.offset = random_below(64);
       break;
     case MS_OP_EMBEDDING:
-      in.slot = TABLE, in.n = TABLE_WIDTH;
+      in.slot = TABLE, in.slot2 = IN, in.n = TABLE_WIDTH;
       memcpy(in.dims, (uint32_t[]){32, 0, MS_FLOAT32, TABLE_ROWS}, sizeof in.dims);
       break;
     case MS_OP_ROPE:
@@ -78,12 +78,12 @@ static MSInstr random_instr(void) {
 }
 
 static void bind_program(launch *l, uint32_t rows) {
-  const MSStep step = {rows, rows, 1, 1};
+  const MSStep step = {.num_tokens = rows, .num_sampled = rows, .num_seqs = 1, .max_blocks = 1};
   launch_bind(l, &step, sizeof step);
   for (int slot = MS_SLOT_TOKENS; slot < MS_SLOT_FIRST; ++slot) {
     int32_t *values = launch_bind(l, NULL, rows * sizeof(int32_t));
     for (uint32_t i = 0; i < rows; ++i) {
-      values[i] = (int32_t)random_below(TABLE_ROWS + 4) - 2;  // tokens that are none among them
+      values[i] = (int32_t)random_below(TABLE_ROWS + 4) - 2;  // with embeddings of the caller, and what is no token
       if (slot == MS_SLOT_POSITIONS) values[i] = (int32_t)random_below(200000);
       if (slot == MS_SLOT_SLOT_MAPPING)
         values[i] = i % 2 ? -1 : (int32_t)(i * BLOCK_SIZE / 2);  // no two rows the same place

@@ -49,25 +49,40 @@ class Harness:
         tables: np.ndarray | None = None,
         sampled: Sequence[int] | None = None,
         sampling: np.ndarray | None = None,
+        sequences: np.ndarray | None = None,
+        embeddings: np.ndarray | None = None,
     ) -> StepBuffers:
-        """Step buffers of `tokens` rows; what is not given is zero."""
+        """Step buffers of `tokens` rows for one group of layers; what is not given is zero."""
         rows = list(range(tokens)) if sampled is None else list(sampled)
         tables = np.zeros((1, 1), np.int32) if tables is None else tables
-        counts = np.array([tokens, len(rows), len(tables), tables.shape[1]], np.uint32)
+        counts = np.zeros(1, params.record("MSStep"))
+        counts["num_tokens"], counts["num_sampled"], counts["num_seqs"], counts["max_blocks"] = tokens, len(rows), *tables.shape
 
         def column(values: Sequence[int] | None) -> Buffer:
             return self.put(np.zeros(tokens, np.int32) if values is None else np.asarray(values, np.int32))
 
+        def records(struct: str, count: int, values: np.ndarray | None = None) -> Buffer:
+            array = np.zeros(count, params.record(struct)) if values is None else values
+            return self.put(array.view(np.uint8).reshape(-1))
+
         return StepBuffers(
-            self.put(counts),
-            column(ids),
-            column(positions),
-            column(seq_ids),
-            column(slots),
-            self.put(tables.astype(np.int32)),
-            self.put(np.asarray(rows, np.int32)),
-            self.put(np.zeros(len(rows) * params.size("MSSampling"), np.uint8) if sampling is None else sampling),
-            self.put(np.zeros(len(rows) * params.size("MSSampled"), np.uint8)),
+            step=self.put(counts.view(np.uint32)),
+            tokens=column(ids),
+            positions=column(positions),
+            seq_ids=column(seq_ids),
+            slot_mappings=(column(slots),),
+            block_tables=(self.put(tables.astype(np.int32)),),
+            sequences=records("MSSequence", len(tables), sequences),
+            embeddings=self.put(np.zeros((1, 1), np.float32) if embeddings is None else embeddings),
+            sampled_rows=self.put(np.asarray(rows, np.int32)),
+            limits=self.put(np.zeros(len(rows), np.int32)),
+            sampling=records("MSSampling", len(rows), sampling),
+            sampled=records("MSSampled", len(rows)),
+            top=records("MSTopLogprob", len(rows)),
+            biases=records("MSTokenBias", 1),
+            masks=self.put(np.zeros((1, 1), np.uint32)),
+            history=self.put(np.zeros((1, 1), np.int32)),
+            counts=self.put(np.zeros((1, 1), np.uint32)),
         )
 
     def run(self, launches: Sequence[Launch], max_tokens: int, max_sampled: int | None = None) -> None:

@@ -1,9 +1,11 @@
 """attention and kv_write: paged, ragged, windowed, against softmax over the plain keys and values in float32."""
+from itertools import pairwise
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from harness import Harness
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from metalstep.kernels import attention, kv_write, params, row_program
@@ -46,10 +48,13 @@ class Cache:
         buffers = [self.h.put(k), self.h.put(v), self.k_plane, self.v_plane]
         self.h.run(row_program.launches(program, step, buffers, params.MS_ROWS_TOKENS, len(k)), len(k))
 
-    def attend(self, q, rows, **options):
-        """q [rows, q_heads, dim] for rows (sequence, position)."""
+    def attend(self, q, rows, windows=None, **options):
+        """q [rows, q_heads, dim] for rows (sequence, position); windows: (window, keep) of each sequence."""
+        sequences = np.zeros(len(self.tables), params.record("MSSequence"))
+        if windows:
+            sequences["window"], sequences["keep"] = zip(*windows, strict=True)
         step = self.h.step(
-            len(rows), seq_ids=[s for s, _ in rows], positions=[p for _, p in rows], tables=self.tables
+            len(rows), seq_ids=[s for s, _ in rows], positions=[p for _, p in rows], tables=self.tables, sequences=sequences
         )
         out = self.h.empty(q.shape)
         launches = attention.launches(
@@ -60,13 +65,13 @@ class Cache:
         self.h.run(launches, len(rows))
         return self.h.get(out)
 
-    def expected(self, q, rows, window=0, softcap=0.0, sinks=None):
+    def expected(self, q, rows, window=0, softcap=0.0, sinks=None, windows=None):
         return np.stack(
             [
                 np.array(
                     attention.reference(
                         mx.array(row), mx.array(self.keys[s]), mx.array(self.values[s]), p, self.dim**-0.5, window, softcap,
-                        None if sinks is None else mx.array(sinks),
+                        None if sinks is None else mx.array(sinks), *(windows[s] if windows else ()),
                     )
                 )
                 for row, (s, p) in zip(q, rows, strict=True)
@@ -146,6 +151,105 @@ def test_rows_of_a_prefill_are_the_same_bits_as_decodes(group, length, window, t
     np.testing.assert_array_equal(together, alone)
 
 
+WINDOWS = st.tuples(st.sampled_from([1, 2, 6, 17, 64, 150, 400]), st.sampled_from([0, 1, 4, 16, 33, 140]))  # some keep too much
+
+
+@given(
+    group=st.sampled_from([1, 3, 4, 9]),
+    windows=st.lists(WINDOWS | st.just((0, 0)), min_size=2, max_size=2),
+    lengths=st.lists(st.integers(20, 700), min_size=2, max_size=2),
+    window=st.sampled_from([0, 0, 5, 40, 200]),
+    softcap=st.sampled_from([0.0, 0.7]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    block=st.sampled_from([16, 32]),
+    seed=st.integers(0, 1000),
+)
+@example(3, [(33, 33), (5, 140)], [300, 200], 0, 0.0, "float32", 16, 0)  # no room beside what is kept: itself
+@example(3, [(2**32 - 1, 2**32 - 1), (64, 2**32 - 1)], [300, 200], 0, 0.0, "float32", 16, 0)
+@settings(max_examples=40, deadline=None)
+def test_sequences_windows_and_kept_positions_agree_with_the_reference(group, windows, lengths, window, softcap, dtype, block, seed):
+    """Sequences with different windows in one launch, each also alone; prompts' rows and decodes."""
+    rng = np.random.default_rng(seed)
+    with Harness() as h:
+        cache = Cache(h, rng, lengths, 2, 32, dtype, block)
+        first = [int(rng.integers(n - 19)) for n in lengths]
+        rows = [(s, p) for s in range(2) for p in range(first[s], first[s] + 19)]
+        rows += [(s, int(rng.integers(n))) for s, n in enumerate(lengths)]
+        q = rng.standard_normal((len(rows), 2 * group, 32)).astype(np.float32)
+        options = dict(window=window, softcap=softcap, windows=windows)
+        together = cache.attend(q, rows, **options)
+        alone = np.concatenate([cache.attend(q[i : i + 1], rows[i : i + 1], **options) for i in range(len(rows))])
+        want = cache.expected(q, rows, **options)
+    np.testing.assert_array_equal(together, alone)
+    assert np.abs(together - want).max() < TOLERANCE[dtype] * 4
+
+
+@given(
+    heads=st.sampled_from([(1, 1), (3, 1), (4, 2), (9, 3), (7, 1)]),
+    start=st.integers(0, 300),
+    window=st.sampled_from([0, 0, 3, 90]),
+    own=WINDOWS | st.just((0, 0)),
+    threads=st.integers(1, 3),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None)
+def test_a_long_chunk_is_the_same_bits_as_short_ones(heads, start, window, own, threads, dtype, seed):
+    """Many rows of a sequence convert its keys and values once for all; decodes of another sequence stand beside them."""
+    rng = np.random.default_rng(seed)
+    with Harness(threads) as h:
+        cache = Cache(h, rng, [start + 260, 70], heads[1], 32, dtype)
+        rows = [(0, p) for p in range(start, start + 260)] + [(1, 69), (1, 3)]
+        q = rng.standard_normal((len(rows), heads[0], 32)).astype(np.float32)
+        options = dict(window=window, windows=[own, (20, 2)])
+        whole = cache.attend(q, rows, **options)
+        cuts = [0, *sorted(rng.integers(0, len(rows), 4).tolist()), len(rows)]
+        parts = [cache.attend(q[a:b], rows[a:b], **options) for a, b in pairwise(cuts) if a < b]
+        few = rng.integers(0, len(rows), 6)
+        alone = np.concatenate([cache.attend(q[i : i + 1], [rows[i]], **options) for i in few])
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    np.testing.assert_array_equal(whole[few], alone)
+
+
+@given(
+    window=st.sampled_from([30, 64, 130]),
+    keep=st.sampled_from([0, 1, 16, 20]),
+    rows=st.sampled_from([1, 9, 60]),
+    dtype=st.sampled_from(list(TOLERANCE)),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=25, deadline=None)
+def test_blocks_between_the_kept_positions_and_the_window_are_not_seen(window, keep, rows, dtype, seed):
+    """They are freed: their entries name block 0, which holds NaN, and what they held is overwritten with it."""
+    rng = np.random.default_rng(seed)
+    with Harness() as h:
+        cache = Cache(h, rng, [16, 500], 2, 32, dtype)
+        where = [(1, p) for p in range(500 - rows, 500)]
+        q = rng.standard_normal((rows, 6, 32)).astype(np.float32)
+        options = dict(windows=[(0, 0), (window, keep)])
+        before = cache.attend(q, where, **options)
+        freed = slice(-(-keep // BLOCK), (500 - rows + 1 - (window - keep)) // BLOCK)
+        cache.keys[1][:, freed.start * BLOCK : freed.stop * BLOCK] = np.nan
+        cache.values[1][:, freed.start * BLOCK : freed.stop * BLOCK] = np.nan
+        cache.write(1, range(freed.start * BLOCK, freed.stop * BLOCK))
+        cache.keys[0][:], cache.values[0][:] = np.nan, np.nan
+        cache.write(0, range(16))
+        cache.tables[1, freed] = cache.tables[0, 0]
+        after = cache.attend(q, where, **options)
+    assert freed.stop - freed.start > 10
+    np.testing.assert_array_equal(after, before)
+    assert np.isfinite(after).all()
+
+
+def test_a_window_that_is_never_full_changes_nothing():
+    rng = np.random.default_rng(0)
+    with Harness() as h:
+        cache = Cache(h, rng, [300], 2, 64, "float16")
+        rows = [(0, p) for p in (0, 16, 63, 299)]
+        q = rng.standard_normal((4, 6, 64)).astype(np.float32)
+        np.testing.assert_array_equal(cache.attend(q, rows), cache.attend(q, rows, windows=[(300, 4)]))
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_row_does_not_see_later_positions_of_its_tile(value):
     """What a later row wrote, even NaN, is no part of an earlier row's result."""
@@ -186,7 +290,7 @@ def test_malformed_launches_are_refused_when_the_plan_is_made(change, message):
         num_q_heads=2, num_kv_heads=1, head_dim=32, value_dim=32, block_size=16, kv_dtype=params.MS_FLOAT16, q_row_stride=64, scale=1.0
     )
     with Harness() as h:
-        buffers = [h.empty((64,)) for _ in range(9)]
+        buffers = [h.empty((64,)) for _ in range(10)]
         launch = Launch("attention", buffers, params.pack("MSAttentionParams", **fields | change), (1, 1, 1), (1, 1, 1))
         with pytest.raises(ValueError, match=message):
             h.run([launch], 1)

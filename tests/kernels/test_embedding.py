@@ -1,8 +1,10 @@
-"""embedding: rows of every packed format against MLX's dequantised ones."""
+"""embedding: rows of every packed format against MLX's dequantised ones, and the caller's own rows among them."""
 import mlx.core as mx
 import numpy as np
 import pytest
 from harness import Harness
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from programs import launch_of, own_buffers
 
 from metalstep.kernels import embedding, params, row_program
@@ -17,14 +19,15 @@ def stored(array):
     return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array)
 
 
-def looked_up(h, packed, ids):
-    """Rows `ids` of the packed table, [len(ids), k]."""
-    program, out = Program(), h.empty((len(ids), packed.k))
+def looked_up(h, packed, ids, own=None):
+    """Rows `ids` of the packed table, those below 0 of `own`; [len(ids), k]."""
+    program, out, first = Program(), h.empty((len(ids), packed.k)), params.MS_SLOT_FIRST
     fields = packed.k, packed.n, packed.bits, packed.group_size, packed.dtype
-    row = embedding.emit(program, params.MS_SLOT_FIRST, *fields)
-    program.store(row, params.MS_SLOT_FIRST + 1, row_stride=packed.k)
-    step = h.step(len(ids), ids=ids)
-    h.run(row_program.launches(program, step, [packed.buffer, out], params.MS_ROWS_TOKENS, len(ids)), len(ids))
+    row = embedding.emit(program, first, *fields, embeddings_slot=first + 1)
+    program.store(row, first + 2, row_stride=packed.k)
+    step = h.step(len(ids), ids=ids, embeddings=own)
+    buffers = [packed.buffer, step.embeddings, out]
+    h.run(row_program.launches(program, step, buffers, params.MS_ROWS_TOKENS, len(ids)), len(ids))
     return h.get(out)
 
 
@@ -63,42 +66,73 @@ def test_dense_rows_are_copied_bit_for_bit(h, dtype, width):
     np.testing.assert_array_equal(got.view(np.uint32), want.view(np.uint32))
 
 
+def some_table(h, rng, n, k, bits, group):
+    """A packed table, dense float32 if group is 0, and its values."""
+    if group:
+        return quantised(h, rng, n, k, bits, group, mx.float16)
+    table = rng.standard_normal((n, k)).astype(np.float32)
+    return h.pack(table, bits=32, group_size=0, dtype=params.MS_FLOAT32, n=n, k=k), mx.array(table)
+
+
 @pytest.mark.parametrize(("bits", "group"), [(4, 32), (6, 64), (32, 0)])
 def test_what_is_no_token_has_no_embedding(h, bits, group):
     """NaN, which sampling reports, in its own row alone; 40 and 47 are padding of the last panel, but no rows."""
-    rng = np.random.default_rng(1)
-    ids = [5, -1, 40, 39, 47, 48, 2**31 - 1, -(2**31), 7]
+    ids = [5, 40, 39, 47, 48, 2**31 - 1, 7]
     with own_buffers(h):
-        if group:
-            packed, table = quantised(h, rng, 40, 128, bits, group, mx.float16)
-        else:
-            table = mx.array(rng.standard_normal((40, 128)).astype(np.float32))
-            packed = h.pack(np.array(table), bits=32, group_size=0, dtype=params.MS_FLOAT32, n=40, k=128)
+        packed, table = some_table(h, np.random.default_rng(1), 40, 128, bits, group)
         got = looked_up(h, packed, ids)
         some = looked_up(h, packed, [5, 39, 7])
-    bad = np.array([not 0 <= i < 40 for i in ids])
+    bad = np.array(ids) >= 40
     assert np.isnan(got[bad]).all()
     np.testing.assert_array_equal(got[~bad], some)
     np.testing.assert_allclose(some, np.array(table)[[5, 39, 7]], rtol=0, atol=8 * 2**-24)
 
 
+@pytest.mark.parametrize(("bits", "group"), [(4, 32), (6, 64), (32, 0)])
+@given(ids=st.lists(st.integers(-9, 39), min_size=1, max_size=12), seed=st.integers(0, 99))
+@settings(max_examples=15)
+def test_rows_of_the_callers_own_are_copied_bit_for_bit_among_tokens(h, bits, group, ids, seed):
+    rng = np.random.default_rng(seed)
+    own = rng.standard_normal((9, 128)).astype(np.float32)
+    own[0, 0], own[8, 127], own[4, 63] = np.inf, np.nan, -0.0
+    with own_buffers(h):
+        packed, table = some_table(h, rng, 40, 128, bits, group)
+        got = looked_up(h, packed, ids, own)
+    mine = np.array(ids) < 0
+    want = np.array(embedding.reference(mx.array(ids), table, mx.array(own)))
+    np.testing.assert_array_equal(got[mine].view(np.uint32), own[[-(i + 1) for i in ids if i < 0]].view(np.uint32))
+    np.testing.assert_allclose(got, want, rtol=0, atol=8 * 2**-24)
+
+
+@pytest.mark.parametrize("width", [1, 33, 63, 97])
+def test_own_rows_of_any_width_end_where_they_end(h, width):
+    """The last row too: nothing behind it is read into it, and the row before it is not."""
+    own = np.random.default_rng(width).standard_normal((3, width)).astype(np.float32)
+    with own_buffers(h):
+        packed, _ = some_table(h, np.random.default_rng(0), 2, width, 32, 0)
+        np.testing.assert_array_equal(looked_up(h, packed, [-3, -1, -2], own), own[[2, 0, 1]])
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_rows_do_not_see_each_other(threads):
-    ids = np.random.default_rng(2).integers(0, 50, 23).tolist()
+    ids = np.random.default_rng(2).integers(-5, 50, 23).tolist()
+    own = np.random.default_rng(4).standard_normal((5, 192)).astype(np.float32)
     with Harness(threads) as h:
         packed, _ = quantised(h, np.random.default_rng(3), 50, 192, 3, 64, mx.bfloat16)
-        together = looked_up(h, packed, ids)
-        alone = [looked_up(h, packed, [i])[0] for i in ids]
+        together = looked_up(h, packed, ids, own)
+        alone = [looked_up(h, packed, [i], own)[0] for i in ids]
     np.testing.assert_array_equal(together, alone)
 
 
-GOOD = dict(op=params.MS_OP_EMBEDDING, dst=0, n=64, slot=params.MS_SLOT_FIRST, dims=[4, 32, params.MS_FLOAT16, 37])
+FIRST = params.MS_SLOT_FIRST
+GOOD = dict(op=params.MS_OP_EMBEDDING, dst=0, n=64, slot=FIRST, slot2=FIRST + 1, dims=[4, 32, params.MS_FLOAT16, 37])
 
 
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
         (dict(slot=7), "slot 7 of a launch with 7 bindings"),
+        (dict(slot2=8), "slot 8 of a launch with 7 bindings"),
         (dict(n=48), "k is not a multiple of the group size"),
         (dict(n=96), "dst is 0 [+] 96, past the 64"),
         (dict(dims=[7, 32, 1, 37]), "bits are not 2, 3, 4, 5, 6, 8"),

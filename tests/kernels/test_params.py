@@ -40,16 +40,19 @@ def test_fields_that_are_not_given_are_zero():
 
 
 def test_records_are_the_structs_of_the_headers():
-    values = [(0.5, 0.25, 0.125, 3, 4, 5, 6), (1.5, 1.25, 1.125, 7, 8, 9, 2**32 - 1)]
-    records = np.array(values, params.record("MSSampling"))
-    assert records.tobytes() == b"".join(struct.pack("<3f4I", *row) for row in values)
+    values = [(3, 0.5), (-1, 0.25), (2**31 - 1, -1.125)]
+    records = np.array(values, params.record("MSTokenBias"))
+    assert records.tobytes() == b"".join(struct.pack("<if", *row) for row in values)
+    sampling = np.zeros(1, params.record("MSSampling"))
+    sampling["target"], sampling["counter"] = -1, 2**32 - 1
+    assert sampling.tobytes() == params.pack("MSSampling", target=-1, counter=2**32 - 1)
     assert np.array([(-1, 0.5, 2, 3)], params.record("MSSampled")).tobytes() == struct.pack("<if2I", -1, 0.5, 2, 3)
     with pytest.raises(TypeError, match="no struct 'MSNothing'"):
         params.record("MSNothing")
 
 
 def test_numpy_numbers_are_numbers():
-    assert params.pack("MSSampleParams", vocab_size=np.int64(49152)) == struct.pack("<I", 49152)
+    assert params.pack("MSTokenBias", token=np.int64(49152), bias=np.float32(0.5)) == struct.pack("<if", 49152, 0.5)
 
 
 @pytest.mark.parametrize(

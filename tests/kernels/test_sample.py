@@ -1,99 +1,84 @@
-"""sample: which tokens can appear and how often, as mlx-lm's filters say; what a draw depends on, and what it does not."""
-import mlx.core as mx
+"""sample: a row is what the reference says, by itself and in any batch; the random numbers; rows that are refused or not finite.
+
+How often tokens are drawn is test_sample_draws.py's; penalties and states are test_sample_penalties.py's.
+"""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p
 from programs import own_buffers
+from samples import NO_TOP, NOTHING, SAMPLED, assert_same, draw, run, supports, tables
 
 from metalstep.kernels import params, sample
 from metalstep.kernels.launch import Launch
+from metalstep.kernels.sample import Parameters
 
-VOCABULARIES = [1, 2, 15, 16, 17, 63, 300, 4095, 4096, 4097, 5000]  # logits are summed in chunks of 4096
-SAMPLING, SAMPLED = params.record("MSSampling"), params.record("MSSampled")
-NOTHING = np.array((-7, np.nan, 12345, 99), SAMPLED)  # of a row that did not run
-
-
-@pytest.fixture(scope="module", autouse=True)
-def interpreted_filters():
-    """mlx-lm compiles its filters, which takes longer than all that is tested here, once per value of an option."""
-    mx.disable_compile()
-    yield
-    mx.enable_compile()
+VOCABULARIES = [1, 2, 15, 16, 17, 31, 33, 63, 300, 511, 513, 1000, 4095, 4097, 5000]  # blocks of 512, chunks of 4096
+# Sums of e^x in float32 are rounded as often as a lane adds (128 times a chunk), to either side; a logprob of a large logit
+# carries its unit in the last place.
+LOGPROB = dict(rtol=2e-6, atol=4e-7)
 
 
-def requests(rows, *, temperature=1.0, top_p=1.0, min_p=0.0, top_k=0, seed=0, counter=None):
-    """MSSampling of `rows` rows; the counters count them unless given."""
-    out = np.zeros(rows, SAMPLING)
-    out["temperature"], out["top_p"], out["min_p"], out["top_k"] = temperature, top_p, min_p, top_k
-    out["seed_lo"], out["seed_hi"] = seed & 0xFFFFFFFF, seed >> 32
-    out["counter"] = np.arange(rows) if counter is None else counter
-    return out
+def random_logits(rng, rows, vocab, ties=False):
+    """Logits of which some are -infinity, but not all; ties: of a few values."""
+    logits = rng.integers(-3, 4, (rows, vocab)) if ties else rng.standard_normal((rows, vocab)) * rng.choice([0.5, 3, 8])
+    logits = logits.astype(np.float32)
+    logits[rng.random(logits.shape) < 0.05] = -np.inf
+    logits[:, rng.integers(vocab)] = 2
+    return logits
 
 
-def draw(h, logits, sampling, plan_rows=None):
-    """MSSampled of each row of `logits`; a plan for more rows leaves the others as NOTHING."""
-    rows, vocab = logits.shape
-    plan_rows = plan_rows or rows
-    with own_buffers(h):
-        step = h.step(rows, sampling=sampling.view(np.uint8))
-        owner = h.put(np.full(plan_rows, NOTHING, SAMPLED).view(np.uint8))
-        step = type(step)(**{**vars(step), "sampled": owner})
-        h.run(sample.launches(h.put(logits.astype(np.float32)), step, vocab, plan_rows), plan_rows, plan_rows)
-        return h.get(owner, SAMPLED, (plan_rows,))
+def some_tokens(rng, vocab, most):
+    return [int(token) for token in rng.choice(vocab, min(vocab, int(rng.integers(1, most + 1))), replace=False)]
 
 
-def filtered(logits, top_p=1.0, min_p=0.0, top_k=0):
-    """Logprobs of mlx-lm's sampler before its temperature, -inf where a filter removes."""
-    x = mx.array(logits)[None]
-    x = x - mx.logsumexp(x, keepdims=True)
-    if 0 < top_p < 1:
-        x = apply_top_p(x, top_p)
-    if min_p > 0:
-        x = apply_min_p(x, min_p)
-    if 0 < top_k < x.shape[1]:
-        x = apply_top_k(x, top_k)
-    return np.array(x[0])
+def history_of(rng, vocab):
+    """Tokens of the history, and the counts of its first positions; some of it are a caller's embeddings."""
+    history = [int(token) for token in rng.integers(-2, min(vocab, 12), rng.integers(1, 40))]
+    counted = int(rng.integers(0, len(history) + 1))
+    prompt, output = {}, {}
+    for i, token in enumerate(history[:counted]):
+        if token >= 0:
+            where = prompt if i < counted // 2 else output
+            where[token] = where.get(token, 0) + 1
+    return dict(history=history, prompt=prompt, output=output, counted=counted)
 
 
-def between(logits, top_p=1.0, min_p=0.0, top_k=0):
-    """Tokens that pass the filters for certain, and those that may: float32 sums of probabilities end a few units apart."""
-    sure = np.isfinite(filtered(logits, max(top_p - 1e-5, 1e-7) if top_p < 1 else 1.0, min_p * (1 + 1e-5), top_k))
-    may = np.isfinite(filtered(logits, top_p + 1e-5 if top_p < 1 else 1.0, min_p * (1 - 1e-5), top_k))
-    return sure, may
+# Each takes a random generator and the vocabulary's size and gives fields of Parameters.
+PROCESSES = {
+    "bias": lambda rng, vocab: dict(bias={token: float(rng.standard_normal() * 3) for token in some_tokens(rng, vocab, 20)}),
+    "repetition": lambda rng, vocab: dict(
+        history_of(rng, vocab), repetition_penalty=float(rng.choice([0.7, 1.3])), repetition_window=int(rng.choice([0, 1, 5, 90]))
+    ),
+    "presence": lambda rng, vocab: dict(
+        history_of(rng, vocab), presence_penalty=float(rng.choice([-0.5, 1.5])), presence_window=int(rng.choice([0, 1, 5, 90]))
+    ),
+    "frequency": lambda rng, vocab: dict(
+        history_of(rng, vocab), frequency_penalty=float(rng.choice([-0.3, 0.6])), frequency_window=int(rng.choice([0, 1, 5, 90]))
+    ),
+    "stop": lambda rng, vocab: dict(
+        stop_tokens=some_tokens(rng, vocab, 5)[: vocab - 1], min_tokens=int(rng.integers(0, 3)), counter=int(rng.integers(0, 3))
+    ),
+    "masks": lambda rng, vocab: dict(allowed=np.arange(vocab) % 7 != rng.integers(1, 8)),
+}
+FILTERS = {
+    "top_p": lambda rng, vocab: dict(top_p=float(rng.choice([0.01, 0.3, 0.7, 0.99]))),
+    "min_p": lambda rng, vocab: dict(min_p=float(rng.choice([1e-6, 0.001, 0.05, 0.5, 1.0])), min_keep=int(rng.choice([0, 1, 3, 40]))),
+    "top_k": lambda rng, vocab: dict(top_k=int(rng.choice([1, 3, 40, 700, 6000]))),
+    "xtc": lambda rng, vocab: dict(
+        xtc_probability=float(rng.choice([0.5, 1.0])), xtc_threshold=float(rng.choice([1e-4, 0.01, 0.1, 0.5])),
+        xtc_special_tokens=some_tokens(rng, vocab, 4) if rng.random() < 0.5 else (),
+    ),
+}  # fmt: skip
 
 
-def assert_frequencies(counts, probabilities):
-    """Chi-square below its value at five standard deviations (Wilson-Hilferty); bins of fewer than 8 are put together."""
-    expected = probabilities / probabilities.sum() * counts.sum()
-    assert (counts[expected == 0] == 0).all()
-    order = np.argsort(expected)
-    bins = np.floor(np.cumsum(expected[order]) / 8).astype(int)
-    bins = np.unique(bins, return_inverse=True)[1]
-    observed, expected = (np.bincount(bins, weights=a[order]) for a in (counts, expected))
-    keep = expected > 0
-    chi, free = ((observed - expected)[keep] ** 2 / expected[keep]).sum(), max(keep.sum() - 1, 1)
-    assert chi <= free * (1 - 2 / (9 * free) + 5 * np.sqrt(2 / (9 * free))) ** 3
-
-
-def assert_same(some, others):
-    """Bit for bit, NaN included."""
-    np.testing.assert_array_equal(some.view(np.uint32), others.view(np.uint32))
-
-
-def log_softmax(logits):
-    wide = logits.astype(np.float64)
-    wide = wide - wide.max(1, keepdims=True)
-    with np.errstate(divide="ignore"):
-        return wide - np.log(np.exp(wide).sum(1, keepdims=True))
-
-
-def ranks(logits, tokens):
-    """1 + how many are larger, equal ones by their index."""
-    own = logits[np.arange(len(logits)), tokens][:, None]
-    before = (logits > own) | ((logits == own) & (np.arange(logits.shape[1]) < tokens[:, None]))
-    return 1 + before.sum(1)
+def random_parameters(rng, vocab, names, **fields):
+    """Fields of all `names` at random; the history of the last that has one serves them all."""
+    for name in names:
+        fields |= (PROCESSES | FILTERS)[name](rng, vocab)
+    return Parameters(**fields)
 
 
 # ---- the random numbers -------------------------------------------------------------------------------------------------
@@ -108,7 +93,7 @@ def philox(counter, key):
 
 
 def test_philox_has_its_known_answers():
-    """kat_vectors of Random123: the yardstick of the next test."""
+    """kat_vectors of Random123: the yardstick of the next tests."""
     ones = [0xFFFFFFFF] * 6
     pi = [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344, 0xA4093822, 0x299F31D0]
     assert philox([0] * 4, [0] * 2) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
@@ -116,220 +101,286 @@ def test_philox_has_its_known_answers():
     assert philox(pi[:4], pi[4:]) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
+COUNTERS = [0, 1, 2, 0x243F6A88, 2**32 - 1]
+
+
 @pytest.mark.parametrize("vocab", [2**12, 2**16])
 @pytest.mark.parametrize("seed", [0, 2**64 - 1, 0x299F31D0A4093822])
 def test_a_draw_among_equal_logits_shows_the_first_word_of_philox(h, vocab, seed):
-    counters = [0, 1, 2, 0x243F6A88, 2**32 - 1]
-    words = [philox([c, 0, 0, 0], [seed & 0xFFFFFFFF, seed >> 32])[0] for c in counters]
-    out = draw(h, np.zeros((5, vocab)), requests(5, seed=seed, counter=counters))
+    words = [philox([c, 0, 0, 0], [seed & 0xFFFFFFFF, seed >> 32])[0] for c in COUNTERS]
+    some = [Parameters(temperature=1.0)] * 5
+    out = draw(h, np.zeros((5, vocab)), some, seed=seed, counters=COUNTERS).sampled
     np.testing.assert_array_equal(out["token"], [w * vocab >> 32 for w in words])
     np.testing.assert_array_equal(out["rank"], out["token"] + 1)
-    out = draw(h, np.zeros((5, vocab)), requests(5, seed=seed, counter=counters, top_k=vocab // 4))
+    some = [Parameters(temperature=1.0, top_k=vocab // 4)] * 5
+    out = draw(h, np.zeros((5, vocab)), some, seed=seed, counters=COUNTERS).sampled
     np.testing.assert_array_equal(out["token"], [w * (vocab // 4) >> 32 for w in words])
 
 
-# ---- greedy ---------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("seed", [0, 2**64 - 1, 0x299F31D0A4093822])
+def test_xtcs_coin_is_the_draw_of_the_second_counter_word(h, seed):
+    """Token 0 is drawn unless xtc drops it: then the coin was below the probability."""
+    logits = np.tile(np.array([4, 3, -60], np.float32), (5, 1))
+    coins = [philox([c, 1, 0, 0], [seed & 0xFFFFFFFF, seed >> 32])[0] / 2**32 for c in COUNTERS]
+    for probability in (1e-6, 0.3, 0.5, 0.7, 1.0):
+        row = Parameters(temperature=0.01, xtc_probability=probability, xtc_threshold=0.1)
+        out = draw(h, logits, [row] * 5, seed=seed, counters=COUNTERS).sampled
+        np.testing.assert_array_equal(out["token"], [int(coin < probability) for coin in coins])
+
+
+# ---- rows and the reference ------------------------------------------------------------------------------------------------
+def check_row(h, logits, p, seed):
+    """Both modes of a row against the reference; both draw the same token."""
+    vocab = logits.shape[1]
+    own = run(h, logits, tables([replace(p, processed_logprobs=False)], vocab, seed=seed))
+    other = run(h, logits, tables([replace(p, processed_logprobs=True)], vocab, seed=seed))
+    assert_same(own.logits, logits)
+    expected = sample.reference(logits[0], p)
+    assert own.sampled["status"] == other.sampled["status"] == expected.status
+    if expected.status != params.MS_SAMPLE_OK:
+        assert_same(own.sampled[:1], np.array([(0, np.nan, 0, expected.status)], SAMPLED))
+        return
+    # A bias, a product, two differences: four roundings, each of half a unit of the largest intermediate value.
+    np.testing.assert_allclose(other.logits[0], expected.processed, rtol=2e-7, atol=2e-6)
+    token = own.sampled["token"][0]
+    assert token == other.sampled["token"][0]
+    assert supports(other.logits[0], p)[1][token] > 0
+    plain = replace(p, bias={}, history=(), prompt={}, output={}, stop_tokens=(), allowed=None)
+    for result, row in ((own, logits[0]), (other, other.logits[0])):
+        expected = sample.reference(row, plain)
+        np.testing.assert_allclose(result.sampled["logprob"][0], expected.logprobs[token], **LOGPROB)
+        assert result.sampled["rank"][0] == expected.ranks[token]
+        top = result.top[0]
+        assert [int(t) for t in top["token"][: len(expected.top)]] == [t for t, _ in expected.top]
+        np.testing.assert_allclose(top["logprob"][: len(expected.top)], [x for _, x in expected.top], **LOGPROB)
+        assert (top["token"][len(expected.top) : p.top] == -1).all() and (top["token"][p.top :] == NO_TOP["token"]).all()
+    if p.temperature == 0:
+        assert token == other.logits[0].argmax()
+
+
+@pytest.mark.parametrize("name", [*PROCESSES, *FILTERS, "none"])
+@given(
+    seed=st.integers(0, 9999), vocab=st.sampled_from(VOCABULARIES), ties=st.booleans(), tempered_first=st.booleans(),
+    temperature=st.sampled_from([0.0, 0.01, 0.7, 1.0, 30.0]), top=st.integers(0, 8),
+)  # fmt: skip
+@settings(max_examples=25)
+def test_each_parameter_alone_is_as_the_reference_has_it(h, name, seed, vocab, ties, tempered_first, temperature, top):
+    rng = np.random.default_rng(seed)
+    fields = dict(temperature=temperature, temperature_first=tempered_first, top=top)
+    p = random_parameters(rng, vocab, [] if name == "none" else [name], **fields)
+    check_row(h, random_logits(rng, 1, vocab, ties), p, seed)
+
+
+@given(
+    seed=st.integers(0, 9999), vocab=st.sampled_from(VOCABULARIES), ties=st.booleans(), tempered_first=st.booleans(),
+    names=st.sets(st.sampled_from([*PROCESSES, *FILTERS]), min_size=2), temperature=st.sampled_from([0.0, 0.7, 1.0, 30.0]),
+)  # fmt: skip
+@example(seed=1, vocab=5000, ties=False, tempered_first=False, names={*PROCESSES, *FILTERS}, temperature=0.7)
+@example(seed=2, vocab=5000, ties=True, tempered_first=True, names={*PROCESSES, *FILTERS}, temperature=0.7)
+@settings(max_examples=120)
+def test_any_parameters_together_are_as_the_reference_has_them(h, seed, vocab, ties, tempered_first, names, temperature):
+    rng = np.random.default_rng(seed)
+    fields = dict(temperature=temperature, temperature_first=tempered_first, top=int(rng.integers(0, 9)))
+    p = random_parameters(rng, vocab, sorted(names), **fields)
+    check_row(h, random_logits(rng, 1, vocab, ties), p, seed)
+
+
+@pytest.mark.parametrize("vocab", [1, 17, 513, 5000])
+@given(seed=st.integers(0, 99), ties=st.booleans(), rows=st.integers(1, 9), processed=st.booleans())
+@settings(max_examples=12)
+def test_a_target_is_reported_on_as_the_reference_has_it(by_threads, vocab, seed, ties, rows, processed):
+    """Bias counts only where the processed logits are asked for; nothing is drawn or committed."""
+    rng = np.random.default_rng(seed)
+    logits = random_logits(rng, rows, vocab, ties)
+    p = Parameters(temperature=1.0, top_k=1, top=3, bias={0: -2.0, vocab - 1: 3.0}, history=[0], processed_logprobs=processed)
+    t = tables([p] * rows, vocab, commit=True)
+    t.sampling["target"] = rng.integers(0, vocab, rows)
+    for threads in (1, 3):
+        out = run(by_threads[threads], logits, t)
+        np.testing.assert_array_equal(out.sampled["token"], t.sampling["target"])
+        assert_same(out.history, t.history)
+        assert_same(out.counts, t.counts)
+        for i in range(rows):
+            expected = sample.reference(logits[i], p)
+            token = t.sampling["target"][i]
+            np.testing.assert_allclose(out.sampled["logprob"][i], expected.logprobs[token], **LOGPROB)
+            assert out.sampled["rank"][i] == expected.ranks[token]
+            assert [int(t) for t in out.top["token"][i][: len(expected.top)]] == [t for t, _ in expected.top]
+
+
+# ---- temperature 0 and near it -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @given(seed=st.integers(0, 99), ties=st.booleans(), rows=st.integers(1, 9))
 @settings(max_examples=12)
 def test_temperature_0_takes_the_first_of_the_most_likely(by_threads, vocab, seed, ties, rows):
-    rng = np.random.default_rng(seed)
-    logits = (rng.integers(-3, 4, (rows, vocab)) if ties else rng.standard_normal((rows, vocab)) * 5).astype(np.float32)
-    logits[rng.random(logits.shape) < 0.1] = -np.inf
-    logits[:, rng.integers(vocab)] = 3
+    logits = random_logits(np.random.default_rng(seed), rows, vocab, ties)
     for threads in (1, 3):
-        out = draw(by_threads[threads], logits, requests(rows, temperature=0.0, top_p=0.5, top_k=3))
+        out = draw(by_threads[threads], logits, [Parameters(top_p=0.5, top_k=3, xtc_probability=1.0)] * rows).sampled
         np.testing.assert_array_equal(out["token"], logits.argmax(1))
         np.testing.assert_array_equal(out["rank"], 1)
         np.testing.assert_array_equal(out["status"], params.MS_SAMPLE_OK)
-        np.testing.assert_allclose(out["logprob"], log_softmax(logits).max(1), rtol=2e-6, atol=2e-7)
 
 
 def test_minus_0_and_0_are_one_logit(h):
     logits = np.array([[-1, -0.0, 0.0], [-1, 0.0, -0.0]], np.float32)
-    np.testing.assert_array_equal(draw(h, logits, requests(2, temperature=0.0))["token"], [1, 1])
-    out = draw(h, np.tile(logits[:1], (200, 1)), requests(200, top_k=1))
-    assert set(out["token"]) == {1}
+    np.testing.assert_array_equal(draw(h, logits, [Parameters(top=2)] * 2).sampled["token"], [1, 1])
+    np.testing.assert_array_equal(draw(h, logits, [Parameters(top=2)] * 2).top["token"][:, :2], [[1, 2], [1, 2]])
+    out = draw(h, np.tile(logits[:1], (200, 1)), [Parameters(temperature=1.0, top_k=1)] * 200, counters=np.arange(200))
+    assert set(out.sampled["token"]) == {1}
 
 
 @pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6])
-@pytest.mark.parametrize("options", [dict(), dict(top_k=4), dict(top_p=0.9)])
-def test_a_tiny_temperature_draws_among_the_most_likely_alone(h, temperature, options):
+@pytest.mark.parametrize("options", [dict(), dict(top_k=4), dict(top_p=0.9), dict(min_p=0.1)], ids=str)
+@pytest.mark.parametrize("first", [False, True])
+def test_a_tiny_temperature_draws_among_the_most_likely_alone(h, temperature, options, first):
     logits = np.array([1, 5, 2, 5, -np.inf, 4.99], np.float32)
-    out = draw(h, np.tile(logits, (100, 1)), requests(100, temperature=temperature, **options))
+    row = Parameters(temperature=temperature, temperature_first=first, **options)
+    out = draw(h, np.tile(logits, (100, 1)), [row] * 100, counters=np.arange(100)).sampled
     assert set(out["token"]) == {1, 3}
 
 
-# ---- the tokens that filters leave ------------------------------------------------------------------------------------------
-OFF = dict(top_p=1.0, min_p=0.0, top_k=0)
-
-
-@given(
-    vocab=st.sampled_from([1, 2, 16, 17, 63, 100]), top_p=st.sampled_from([1.0, 0.99, 0.7, 0.3, 0.01]),
-    min_p=st.sampled_from([0.0, 0.001, 0.05, 0.5]), top_k=st.sampled_from([0, 1, 5, 40, 99]),
-    spread=st.sampled_from([0.5, 2.0]), seed=st.integers(0, 99),
-)  # fmt: skip
-@example(vocab=100, top_p=1.0, min_p=0.0, top_k=40, spread=2.0, seed=0)
-@example(vocab=100, top_p=0.7, min_p=0.0, top_k=0, spread=2.0, seed=0)
-@example(vocab=100, top_p=1.0, min_p=0.05, top_k=0, spread=2.0, seed=0)
-@settings(max_examples=40)
-def test_the_tokens_that_can_appear_are_those_that_pass_mlx_lms_filters(h, vocab, top_p, min_p, top_k, spread, seed):
-    """At a high temperature those are about equally likely: 25 draws for each show them all."""
-    logits = (np.random.default_rng(seed).standard_normal(vocab) * spread).astype(np.float32)
-    options = dict(top_p=top_p, min_p=min_p, top_k=top_k)
-    sure, may = between(logits, **options)
-    rows = 25 * int(may.sum())
-    out = draw(h, np.tile(logits, (rows, 1)), requests(rows, temperature=100.0, seed=seed, **options))
-    drawn = np.bincount(out["token"], minlength=vocab) > 0
-    assert (drawn <= may).all() and (sure <= drawn).all()
-    np.testing.assert_array_equal(out["rank"], ranks(np.tile(logits, (rows, 1)), out["token"]))
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize(
-    "options",
-    [
-        OFF, dict(top_p=0.9), dict(min_p=0.02), dict(top_k=20), dict(top_p=0.95, min_p=0.01, top_k=50),
-        dict(top_p=0.5, top_k=3), dict(min_p=0.3, top_k=1000),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_tokens_appear_as_often_as_their_tempered_probability_says(h, temperature, options):
-    logits = (np.random.default_rng(5).standard_normal(200) * 2).astype(np.float32)
-    rows = 6000
-    out = draw(h, np.tile(logits, (rows, 1)), requests(rows, temperature=temperature, seed=11, **options))
-    kept = filtered(logits, **options).astype(np.float64)
-    assert_frequencies(np.bincount(out["token"], minlength=200), np.exp((kept - kept.max()) / temperature))
-    np.testing.assert_allclose(out["logprob"], log_softmax(logits[None])[0][out["token"]], rtol=2e-6, atol=2e-7)
-
-
-@pytest.mark.parametrize("options", [OFF, dict(top_p=0.8), dict(top_k=7)], ids=str)
-def test_seeds_are_as_good_as_counters(h, options):
-    """One draw of each of many requests."""
-    logits = (np.random.default_rng(6).standard_normal(30) * 1.5).astype(np.float32)
-    rows = 6000
-    sampling = requests(rows, counter=0, **options)
-    kept = filtered(logits, **options).astype(np.float64)
-    for half, other in (("seed_lo", "seed_hi"), ("seed_hi", "seed_lo")):
-        sampling[half], sampling[other] = np.arange(rows), 7
-        out = draw(h, np.tile(logits, (rows, 1)), sampling)
-        assert_frequencies(np.bincount(out["token"], minlength=30), np.exp(kept - kept.max()))
-
-
-@pytest.mark.parametrize("vocab", [4095, 4096, 4097, 5000, 100_000])
-@pytest.mark.parametrize(
-    "options", [OFF, dict(top_p=0.9), dict(min_p=0.01), dict(top_k=50), dict(top_p=0.95, min_p=1e-4, top_k=2000)], ids=str
-)
-def test_large_vocabularies_are_drawn_from_as_they_are_filtered(by_threads, vocab, options):
-    """The large logits lie in every chunk; half of the largest vocabulary are ties."""
-    rng = np.random.default_rng(vocab)
-    logits = (rng.standard_normal(vocab) * 2.5).astype(np.float32)
-    if vocab == 100_000:
-        logits[rng.random(vocab) < 0.5] = 1.25
-    rows = 200 if vocab == 100_000 else 1000
-    out = draw(by_threads[3], np.broadcast_to(logits, (rows, vocab)), requests(rows, temperature=0.8, seed=3, **options))
-    tokens = out["token"]
-    _, may = between(logits, **options)
-    assert may[tokens].all()
-    kept = filtered(logits, **options).astype(np.float64)
-    assert_frequencies(np.bincount(tokens, minlength=vocab), np.exp((kept - kept.max()) / 0.8))
-    np.testing.assert_allclose(out["logprob"], log_softmax(logits[None])[0][tokens], rtol=2e-6, atol=2e-7)
-    for token in {int(t) for t in tokens[:20]}:
-        assert set(out["rank"][tokens == token]) == {int(ranks(logits[None], np.array([token]))[0])}
-
-
-@given(seed=st.integers(0, 99), top_k=st.integers(1, 12), vocab=st.sampled_from([17, 63]))
-@settings(max_examples=20)
-def test_of_equal_logits_top_k_keeps_the_first_and_top_p_keeps_all(h, seed, top_k, vocab):
-    logits = np.random.default_rng(seed).integers(-1, 2, vocab).astype(np.float32)
-    first = np.argsort(-logits, kind="stable")[:top_k]
-    out = draw(h, np.tile(logits, (25 * vocab, 1)), requests(25 * vocab, temperature=100.0, top_k=top_k))
-    assert set(out["token"]) == set(first.tolist())
-    largest = np.flatnonzero(logits == logits.max())
-    out = draw(h, np.tile(logits, (25 * vocab, 1)), requests(25 * vocab, temperature=100.0, top_p=1e-3))
-    assert set(out["token"]) == set(largest.tolist())
-
-
-@pytest.mark.parametrize("options", [OFF, dict(top_k=5), dict(top_p=0.999), dict(min_p=1e-30)], ids=str)
-def test_a_token_of_no_probability_is_never_drawn(h, options):
-    """Not even where a filter would keep more tokens than there are, or at a temperature that makes all equal."""
-    logits = np.full(40, -np.inf, np.float32)
-    logits[[3, 17, 39]] = [0, -1, -2]
-    out = draw(h, np.tile(logits, (300, 1)), requests(300, temperature=1e30, **options))
-    assert set(out["token"]) == {3, 17, 39}
+@pytest.mark.parametrize("min_p", [0.0, 0.001])
+@pytest.mark.parametrize("first", [False, True])
+def test_a_low_temperature_weighs_what_xtc_leaves_and_not_what_it_drops(h, min_p, first):
+    """e^(-3 / 0.01) is 0 in float32: two that are left lie that far below the largest."""
+    logits = np.array([9, 6, 6, 5.9], np.float32)
+    threshold = 0.0 if first else 0.04  # 0.04: of the three largest, at temperature 1
+    row = Parameters(temperature=0.01, min_p=min_p, xtc_probability=1.0, xtc_threshold=threshold, temperature_first=first)
+    drawn = draw(h, np.tile(logits, (100, 1)), [row] * 100, counters=np.arange(100)).sampled["token"]
+    expected = sample.probabilities(logits.astype(np.float64), row) > 1e-3
+    assert set(drawn) == set(np.flatnonzero(expected))
 
 
 # ---- what a draw depends on ---------------------------------------------------------------------------------------------
 @given(
     vocab=st.sampled_from([1, 17, 300, 4097, 9000]), rows=st.integers(1, 30), threads=st.integers(1, 3),
-    seed=st.integers(0, 2**64 - 1),
+    seed=st.integers(0, 2**32 - 1), processed=st.booleans(),
 )  # fmt: skip
-@example(vocab=9000, rows=13, threads=3, seed=0)  # more rows than the threads share by chunks
-@example(vocab=9000, rows=2, threads=3, seed=0)
-@settings(max_examples=25)
-def test_a_row_is_the_same_alone_and_in_any_batch(by_threads, vocab, rows, threads, seed):
-    rng = np.random.default_rng(seed % 2**32)
-    logits = (rng.standard_normal((rows, vocab)) * 3).astype(np.float32)
-    sampling = requests(rows, temperature=rng.choice([0.0, 0.7, 1.0], rows), seed=seed, counter=rng.integers(0, 2**32, rows))
-    sampling["top_p"], sampling["top_k"] = rng.choice([1.0, 0.8], rows), rng.choice([0, 9], rows)
-    sampling["min_p"] = rng.choice([0.0, 0.1], rows)
-    together = draw(by_threads[threads], logits, sampling)
+@example(vocab=9000, rows=13, threads=3, seed=0, processed=False)  # more rows than the threads share by chunks
+@example(vocab=9000, rows=2, threads=3, seed=0, processed=True)
+@settings(max_examples=40)
+def test_a_row_is_the_same_alone_and_in_any_batch(by_threads, vocab, rows, threads, seed, processed):
+    rng = np.random.default_rng(seed)
+    logits = random_logits(rng, rows, vocab)
+    some = []
+    for _ in range(rows):
+        names = [name for name in (*PROCESSES, *FILTERS) if rng.random() < 0.3]
+        fields = dict(temperature=float(rng.choice([0.0, 0.7, 1.0])), temperature_first=bool(rng.random() < 0.5))
+        some.append(random_parameters(rng, vocab, names, processed_logprobs=processed, top=int(rng.integers(0, 9)), **fields))
+    t = tables(some, vocab, seed=rng.integers(0, 2**63, rows).astype(np.uint64), commit=True)
+
+    def part(rows):
+        """The launch of these rows alone."""
+        return replace(t, sampling=t.sampling[rows], positions=t.positions[rows])
+
+    def assert_part(got, rows):
+        assert_same(got.sampled, together.sampled[rows])
+        assert_same(got.top, together.top[rows])
+        assert_same(got.logits, together.logits[rows])
+        states = t.sampling["state"][rows]
+        assert_same(got.history[states], together.history[states])
+        assert_same(got.counts[states], together.counts[states])
+
+    together = run(by_threads[threads], logits, t)
     order = rng.permutation(rows)
-    assert_same(draw(by_threads[2], logits[order], sampling[order]), together[order])
+    assert_part(run(by_threads[2], logits[order], part(order)), order)
     for i in range(min(rows, 4)):
-        assert_same(draw(by_threads[1], logits[i : i + 1], sampling[i : i + 1]), together[i : i + 1])
+        assert_part(run(by_threads[1], logits[i : i + 1], part(slice(i, i + 1))), slice(i, i + 1))
 
 
 def test_other_seeds_and_counters_draw_other_tokens(h):
-    logits = np.zeros((64, 4096), np.float32)
-    base = draw(h, logits, requests(64, seed=1))["token"]
+    logits, row = np.zeros((64, 4096), np.float32), [Parameters(temperature=1.0)] * 64
+    counters = np.arange(64)
+    base = draw(h, logits, row, seed=1, counters=counters).sampled["token"]
     assert len(set(base.tolist())) > 55  # 64 draws among 4096 repeat about half a token
-    for other in (requests(64, seed=2), requests(64, seed=1 + 2**32), requests(64, seed=1, counter=np.arange(64) + 64)):
-        assert (draw(h, logits, other)["token"] == base).sum() < 4
+    np.testing.assert_array_equal(draw(h, logits, row, seed=1, counters=counters).sampled["token"], base)
+    for other in (dict(seed=2, counters=counters), dict(seed=1 + 2**32, counters=counters), dict(seed=1, counters=counters + 64)):
+        assert (draw(h, logits, row, **other).sampled["token"] == base).sum() < 4
 
 
 @pytest.mark.parametrize("plan_rows", [9, 40])
 def test_how_many_rows_run_is_data(by_threads, plan_rows):
     logits = np.random.default_rng(0).standard_normal((4, 300)).astype(np.float32)
+    some = [Parameters(temperature=1.0, top=2)] * 4
     for threads in (1, 3):
-        out = draw(by_threads[threads], logits, requests(4), plan_rows)
-        assert_same(out[:4], draw(by_threads[2], logits, requests(4)))
-        assert_same(out[4:], np.full(plan_rows - 4, NOTHING, SAMPLED))
-        none = draw(by_threads[threads], logits[:0], requests(0), plan_rows)
-        assert_same(none, np.full(plan_rows, NOTHING, SAMPLED))
+        out = draw(by_threads[threads], logits, some, plan_rows=plan_rows)
+        assert_same(out.sampled[:4], draw(by_threads[2], logits, some).sampled)
+        assert_same(out.sampled[4:], np.full(plan_rows - 4, NOTHING, SAMPLED))
+        none = draw(by_threads[threads], logits[:0], [], plan_rows=plan_rows)
+        assert_same(none.sampled, np.full(plan_rows, NOTHING, SAMPLED))
 
 
-# ---- rows that are not finite ---------------------------------------------------------------------------------------------
+# ---- rows that have no sample -----------------------------------------------------------------------------------------------
+MANY = dict(repetition_penalty=1.2, presence_penalty=0.5, frequency_penalty=0.1, bias={0: 1.0}, history=[0, 0], top=3)
+
+
 @pytest.mark.parametrize("vocab", [1, 17, 4097])
-@pytest.mark.parametrize("value", [np.nan, np.inf, "all -inf"])
-@pytest.mark.parametrize("options", [dict(temperature=0.0), dict(), dict(top_k=3), dict(top_p=0.5, min_p=0.1)], ids=str)
-def test_a_row_that_is_not_finite_says_so_and_disturbs_no_other(by_threads, vocab, value, options):
+@pytest.mark.parametrize("value", [np.nan, np.inf, "all -inf", "nothing allowed"])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(temperature=1.0), dict(temperature=1.0, top_k=3, **MANY), dict(temperature=1.0, top_p=0.5, min_p=0.1)], ids=str
+)
+@pytest.mark.parametrize("processed", [False, True])
+def test_a_bad_row_says_so_and_disturbs_no_other(by_threads, vocab, value, options, processed):
     logits = np.random.default_rng(1).standard_normal((5, vocab)).astype(np.float32)
+    status = params.MS_SAMPLE_NOTHING_ALLOWED if value == "nothing allowed" else params.MS_SAMPLE_NOT_FINITE
+    row = Parameters(processed_logprobs=processed, **options)
     for threads in (1, 3):
         for place in {0, vocab // 2, vocab - 1}:
-            clean = draw(by_threads[threads], logits, requests(5, **options))
-            bad = logits.copy()
-            if value == "all -inf":
+            clean = run(by_threads[threads], logits, tables([row] * 5, vocab, commit=True))
+            bad, rows = logits.copy(), [row] * 5
+            if value == "nothing allowed":
+                rows[2] = replace(row, allowed=np.zeros(vocab, bool))
+            elif value == "all -inf":
                 bad[2] = -np.inf
             else:
                 bad[2, place] = value
-            out = draw(by_threads[threads], bad, requests(5, **options))
-            assert out["status"].tolist() == [0, 0, params.MS_SAMPLE_NOT_FINITE, 0, 0]
-            assert 0 <= out["token"][2] < vocab and np.isnan(out["logprob"][2])
-            assert_same(np.delete(out, 2), np.delete(clean, 2))
+            t = tables(rows, vocab, commit=True)
+            out = run(by_threads[threads], bad, t)
+            assert out.sampled["status"].tolist() == [0, 0, status, 0, 0]
+            assert_same(out.sampled[2:3], np.array([(0, np.nan, 0, status)], SAMPLED))
+            assert (out.top["token"][2][: row.top] == -1).all()
+            assert_same(out.history[2], t.history[2])
+            assert_same(out.counts[2], t.counts[2])
+            others = [0, 1, 3, 4]
+            for got, expected in ((out.sampled, clean.sampled), (out.top, clean.top), (out.logits, clean.logits)):
+                assert_same(got[others], expected[others])
+            for got, expected in ((out.history, clean.history), (out.counts, clean.counts)):
+                assert_same(got[others], expected[others])
+
+
+@pytest.mark.parametrize("processed", [False, True])
+def test_biases_masks_and_stop_tokens_can_leave_no_token(h, processed):
+    logits = np.zeros((1, 40), np.float32)
+    everything = list(range(40))
+    half = np.arange(40) < 20
+    for row in (
+        Parameters(bias=dict.fromkeys(everything, -np.inf)),
+        Parameters(stop_tokens=everything, min_tokens=3, counter=2),
+        Parameters(stop_tokens=everything[:20], min_tokens=1, allowed=half),
+    ):
+        out = draw(h, logits, [replace(row, processed_logprobs=processed, temperature=0.7)])
+        assert out.sampled["status"] == params.MS_SAMPLE_NOTHING_ALLOWED
+    out = draw(h, logits, [Parameters(stop_tokens=everything, min_tokens=3, counter=3)])
+    assert out.sampled["status"] == params.MS_SAMPLE_OK
 
 
 # ---- refusals -----------------------------------------------------------------------------------------------------------------
+def constants(**fields):
+    return params.pack("MSSampleParams", **(dict(vocab_size=10, max_rows=1, max_top=0, history_stride=0) | fields))
+
+
 @pytest.mark.parametrize(
     ("constants", "binds", "why"),
     [
-        (b"", 4, "constants are not one MSSampleParams"),
-        (bytes(8), 4, "constants are not one MSSampleParams"),
-        (params.pack("MSSampleParams", vocab_size=0), 4, "vocab_size is 0 or above"),
-        (params.pack("MSSampleParams", vocab_size=2**31), 4, "vocab_size is 0 or above"),
-        (params.pack("MSSampleParams", vocab_size=2**32 - 1), 4, "vocab_size is 0 or above"),
-        (params.pack("MSSampleParams", vocab_size=10), 3, "fewer bindings than ms_sample_slot names"),
-        (params.pack("MSSampleParams", vocab_size=10), 0, "fewer bindings than ms_sample_slot names"),
+        (b"", 11, "constants are not one MSSampleParams"),
+        (bytes(20), 11, "constants are not one MSSampleParams"),
+        (constants(vocab_size=0), 11, "vocab_size is 0 or above"),
+        (constants(vocab_size=2**31), 11, "vocab_size is 0 or above"),
+        (constants(vocab_size=2**32 - 1), 11, "vocab_size is 0 or above"),
+        (constants(max_rows=0), 11, "max_rows is less than the sampled rows"),
+        (constants(history_stride=2**30), 11, "history_stride is 2\\^30 or more"),
+        (constants(), 10, "fewer bindings than ms_sample_slot names"),
+        (constants(), 0, "fewer bindings than ms_sample_slot names"),
     ],
 )
 def test_constants_that_do_not_fit_are_refused(h, constants, binds, why):
@@ -338,12 +389,12 @@ def test_constants_that_do_not_fit_are_refused(h, constants, binds, why):
         h.device.create_plan([Launch("sample", bindings, constants, (1, 1, 1), (1, 1, 1))], 1, 1)
 
 
-@given(words=st.lists(st.integers(0, 40) | st.integers(0, 2**32 - 1), max_size=3), max_sampled=st.integers(0, 2**16))
+@given(words=st.lists(st.integers(0, 40) | st.integers(0, 2**32 - 1), max_size=5), max_sampled=st.integers(0, 2**16))
 @settings(max_examples=60)
 def test_any_constants_are_refused_or_run(h, words, max_sampled):
     """The step is zero: no rows."""
     with own_buffers(h):
-        bindings = [h.put(np.zeros(64, np.float32)) for _ in range(4)]
+        bindings = [h.put(np.zeros(64, np.float32)) for _ in range(11)]
         launch = Launch("sample", bindings, np.array(words, np.uint32).tobytes(), (1, 1, 1), (1, 1, 1))
         try:
             plan = h.device.create_plan([launch], 1, max_sampled)

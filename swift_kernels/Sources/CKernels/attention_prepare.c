@@ -5,10 +5,10 @@
 
 MS_PREPARE(attention) {
   const MSAttentionParams *p = constants;
-  (void)max_tokens, (void)max_sampled;
+  (void)max_sampled;
   if (const_bytes != sizeof *p || (uintptr_t)constants % 4 != 0)
     return "attention: constants are not one MSAttentionParams";
-  if (binds <= MS_ATTN_SINKS) return "attention: fewer bindings than ms_attention_slot names";
+  if (binds <= MS_ATTN_SEQUENCES) return "attention: fewer bindings than ms_attention_slot names";
   if (p->num_kv_heads == 0 || p->num_q_heads == 0 || p->num_q_heads % p->num_kv_heads != 0) {
     snprintf(message, 256, "attention: %u query heads are not a multiple of %u kv heads", p->num_q_heads,
              p->num_kv_heads);
@@ -27,7 +27,7 @@ MS_PREPARE(attention) {
   }
   if (p->kv_dtype > MS_BFLOAT16) return "attention: kv_dtype is not float32, float16 or bfloat16";
   if (!isfinite(p->scale) || !isfinite(p->softcap)) return "attention: scale or softcap is not finite";
-  scratch->per_thread = ms_attention_scratch(p) * sizeof(float);
-  scratch->shared = (uint64_t)(threads - 1) * MS_ATTN_SPLITS * ms_attention_part(p) * sizeof(float);
+  scratch->per_thread = ms_attention_scratch(p, max_tokens, (uint32_t)threads) * sizeof(float);
+  scratch->shared = (uint64_t)(threads - 1) * MS_ATTN_SPLITS * ms_attention_narrow_part(p) * sizeof(float);
   return NULL;
 }

@@ -8,29 +8,27 @@
 // them.
 #define MS_TILES(case_) case_(12, 2, 2) case_(6, 4, 4) case_(4, 4, 4) case_(3, 4, 4) case_(2, 4, 4) case_(1, 8, 4)
 #else
-#define MS_TILES(case_) case_(4, 1, 1) case_(3, 1, 1) case_(2, 2, 2) case_(1, 4, 4)
+#define MS_TILES(case_) case_(6, 1, 1) case_(4, 1, 1) case_(3, 1, 1) case_(2, 2, 2) case_(1, 4, 4)
 #endif
 #define MS_UNROLL _Pragma("clang loop unroll(full)")
 
-// A result over some positions. Queries are numbered by kv head, row, and q head of the group.
-typedef struct {
-  float *values;  // [queries, value_dim], not divided by the sum
-  float *max;     // [queries]
-  float *sum;     // [queries] of e^(score - max)
-} MS_NAME(attention_part);
-
+// Rows that are worked on, and their scratch. A wide tile reads its chunk from planes of its own.
 typedef struct {
   const MSAttentionParams *p;
-  const void *keys, *values;  // planes
-  const int32_t *table;       // the sequence's blocks
-  uint32_t block_shift;
-  uint32_t row, rows;                                    // of the step
-  uint32_t group;                                        // q heads of a kv head
-  int32_t lo[MS_ATTN_TILE_ROWS], hi[MS_ATTN_TILE_ROWS];  // positions that a row sees
-  float *all_queries;                                    // [queries, head_dim], scaled
-  float *all_scores;                                     // [queries, MS_ATTN_CHUNK], of some kv heads
-  uint32_t kv_head;                                      // the one that is worked on:
-  float *queries, *scores;                               // its own
+  const void *keys, *values;    // planes
+  const int32_t *table;         // the sequence's blocks; NULL: the row sees nothing
+  uint32_t dtype, block_shift;  // of the planes
+  uint32_t plane_heads;         // kv heads of a block,
+  uint32_t plane_head;          // of which one is worked on:
+  float *queries;               // its own [rows * group, head_dim], scaled
+  uint32_t row, rows;           // of the step
+  uint32_t group;               // q heads of a kv head
+  uint32_t first_head, heads;   // kv heads of the tile
+  float *all_queries;           // [heads, rows * group, head_dim]
+  float *scores;                // [queries that are worked on, MS_ATTN_CHUNK]
+  bool wide;
+  float *converted_keys, *converted_values;              // of a wide tile's chunk; NULL: they are read where they are
+  int32_t lo[MS_ATTN_WIDE_TILE], hi[MS_ATTN_WIDE_TILE];  // positions that a row sees, of those that are worked on
 } MS_NAME(attention_tile);
 
 MS_VEC f32x16 MS_NAME(load_kv)(const void *plane, size_t at, const uint32_t dtype) {
@@ -46,19 +44,55 @@ MS_VEC void MS_NAME(prefetch_kv)(const void *plane, size_t at, const uint32_t dt
 // The first key element of a position's vector, and the first value element of a position.
 MS_VEC size_t MS_NAME(key_at)(const MS_NAME(attention_tile) * t, uint32_t position) {
   const size_t block = (uint32_t)t->table[position >> t->block_shift];
-  const size_t head = block * t->p->num_kv_heads + t->kv_head;
-  return head * t->p->head_dim * t->p->block_size + (position & (t->p->block_size - 1));
+  const size_t head = block * t->plane_heads + t->plane_head;
+  return (head * t->p->head_dim << t->block_shift) + (position & ((1u << t->block_shift) - 1));
 }
 MS_VEC size_t MS_NAME(value_at)(const MS_NAME(attention_tile) * t, uint32_t position) {
   const size_t block = (uint32_t)t->table[position >> t->block_shift];
-  const size_t head = block * t->p->num_kv_heads + t->kv_head;
-  return (head * t->p->block_size + (position & (t->p->block_size - 1))) * t->p->value_dim;
+  const size_t head = block * t->plane_heads + t->plane_head;
+  return ((head << t->block_shift) + (position & ((1u << t->block_shift) - 1))) * t->p->value_dim;
+}
+
+// Positions of one chunk become float32, as planes that have one head and blocks of 16 from the chunk on: whole vectors
+// of keys that hold [lo, hi), and values [lo, hi).
+MS_VEC void MS_NAME(convert_keys)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t lo, uint32_t hi,
+                                  const uint32_t dtype) {
+  const uint32_t dim = t->p->head_dim;
+  for (uint32_t at = lo & ~15u; at < hi; at += 16) {
+    const size_t key = MS_NAME(key_at)(t, at);
+    const size_t next = MS_NAME(key_at)(t, at + MS_ATTN_AHEAD < hi ? at + MS_ATTN_AHEAD : at);
+    float *to = t->converted_keys + (size_t)(at - chunk) * dim;
+    for (uint32_t d = 0; d < dim; ++d) {
+      MS_NAME(prefetch_kv)(t->keys, next + ((size_t)d << t->block_shift), dtype);
+      vstore(to + 16 * d, MS_NAME(load_kv)(t->keys, key + ((size_t)d << t->block_shift), dtype));
+    }
+  }
+}
+MS_VEC void MS_NAME(convert_values)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t lo, uint32_t hi,
+                                    const uint32_t dtype) {
+  const uint32_t dim = t->p->value_dim;
+  for (uint32_t at = lo; at < hi; ++at) {
+    const size_t value = MS_NAME(value_at)(t, at);
+    const size_t next = MS_NAME(value_at)(t, at + MS_ATTN_AHEAD < hi ? at + MS_ATTN_AHEAD : at);
+    float *to = t->converted_values + (size_t)(at - chunk) * dim;
+    for (uint32_t e = 0; e < dim; e += 32) MS_NAME(prefetch_kv)(t->values, next + e, dtype);
+    for (uint32_t e = 0; e < dim; e += 16) vstore(to + e, MS_NAME(load_kv)(t->values, value + e, dtype));
+  }
+}
+static void MS_NAME(convert_chunk)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t lo, uint32_t hi) {
+  if (t->dtype == MS_FLOAT16) {
+    MS_NAME(convert_keys)(t, chunk, lo, hi, MS_FLOAT16);
+    MS_NAME(convert_values)(t, chunk, lo, hi, MS_FLOAT16);
+  } else {
+    MS_NAME(convert_keys)(t, chunk, lo, hi, MS_BFLOAT16);
+    MS_NAME(convert_values)(t, chunk, lo, hi, MS_BFLOAT16);
+  }
 }
 
 // Scores of `nr` queries from j against the 16 * nv positions from `at`. ahead: what to fetch for the next call.
 MS_VEC void MS_NAME(score)(const MS_NAME(attention_tile) * t, uint32_t j, uint32_t at, uint32_t ahead, float *scores,
                            const uint32_t nr, const uint32_t nv, const uint32_t dtype) {
-  const uint32_t dim = t->p->head_dim, stride = t->p->block_size;
+  const uint32_t dim = t->p->head_dim, stride = 1u << t->block_shift;
   const float *q = t->queries + (size_t)j * dim;
   f32x16 sum[12][8];
   size_t key[8], next[8];
@@ -92,7 +126,7 @@ MS_VEC void MS_NAME(weigh)(const MS_NAME(attention_tile) * t, float *values, con
     MS_UNROLL for (uint32_t v = 0; v < nv; ++v) sum[i][v] = vload(values + (size_t)i * dim + e + 16 * v);
   }
   for (uint32_t at = lo; at < hi;) {
-    const uint32_t block_end = (at | (t->p->block_size - 1)) + 1, end = block_end < hi ? block_end : hi;
+    const uint32_t block_end = (at | ((1u << t->block_shift) - 1)) + 1, end = block_end < hi ? block_end : hi;
     const size_t value = MS_NAME(value_at)(t, at) + e;
     const size_t next = MS_NAME(value_at)(t, at + MS_ATTN_AHEAD < last ? at + MS_ATTN_AHEAD : last) + e;
     for (uint32_t n = 0; n < end - at; ++n) {
@@ -124,16 +158,21 @@ MS_VEC uint32_t MS_NAME(tile_width)(uint32_t queries) {
   return 1;
 }
 
-// Scores of a kv head's queries against positions [at, end) of a chunk; at is a multiple of 16, end is rounded up to
-// one.
-MS_VEC void MS_NAME(score_head)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t at, uint32_t end,
-                                const uint32_t dtype) {
-  const uint32_t queries = t->rows * t->group;
-  for (uint32_t j = 0, nr; j < queries; j += nr) {
-    nr = MS_NAME(tile_width)(queries - j);
-    float *scores = t->scores + (size_t)j * MS_ATTN_CHUNK;
-    for (uint32_t from = at; from < end;) {
-      switch (nr) {
+MS_VEC uint32_t MS_NAME(clip)(int32_t x, uint32_t lo, uint32_t hi) {
+  return x<(int64_t)lo ? lo : x>(int64_t) hi ? hi : (uint32_t)x;
+}
+
+// Scores of `nr` queries from j of a kv head against those positions [lo, hi) of a chunk that they see, and some beside
+// them.
+MS_VEC void MS_NAME(score_queries)(const MS_NAME(attention_tile) * t, float *scores, uint32_t j, uint32_t nr,
+                                   uint32_t chunk, uint32_t lo, uint32_t hi, const uint32_t dtype) {
+  uint32_t from = lo & ~15u, end = hi;
+  if (t->rows > 1) {
+    from = MS_NAME(clip)(t->lo[j / t->group], lo, hi) & ~15u;
+    end = MS_NAME(clip)(t->hi[(j + nr - 1) / t->group], lo, hi);
+  }
+  while (from < end) {
+    switch (nr) {
 #define MS_CASE(nr_, nk_, nv_)                                                                    \
   case nr_:                                                                                       \
     if (from + 16 * nk_ <= end + 15) {                                                            \
@@ -144,21 +183,19 @@ MS_VEC void MS_NAME(score_head)(const MS_NAME(attention_tile) * t, uint32_t chun
       from += 16;                                                                                 \
     }                                                                                             \
     break;
-        MS_TILES(MS_CASE)
+      MS_TILES(MS_CASE)
 #undef MS_CASE
-      }
     }
   }
 }
 
-// values of `nr` queries from j += weights of positions [lo, hi) of a chunk times their values.
-static void MS_NAME(weigh_queries)(const MS_NAME(attention_tile) * t, float *values, uint32_t j, uint32_t chunk,
-                                   uint32_t lo, uint32_t hi, uint32_t nr) {
-  const uint32_t dim = t->p->value_dim, dtype = t->p->kv_dtype;
-  const float *weights = t->scores + (size_t)j * MS_ATTN_CHUNK + (lo - chunk);
-  float *to = values + (size_t)j * dim;
+// values of `nr` queries from j += weights of positions [lo, hi) of a chunk times their values. weights: query j's.
+static void MS_NAME(weigh_queries)(const MS_NAME(attention_tile) * t, float *values, const float *weights, uint32_t nr,
+                                   uint32_t chunk, uint32_t lo, uint32_t hi) {
+  const uint32_t dim = t->p->value_dim, dtype = t->dtype;
+  weights += lo - chunk;
   for (uint32_t e = 0; e < dim;) {
-#define MS_WEIGH(nr_, nv_, dtype_) MS_NAME(weigh)(t, to, weights, lo, hi, e, nr_, nv_, dtype_)
+#define MS_WEIGH(nr_, nv_, dtype_) MS_NAME(weigh)(t, values, weights, lo, hi, e, nr_, nv_, dtype_)
 #define MS_CASE(nr_, nk_, nv_)                                   \
   case nr_:                                                      \
     if (e + 16 * nv_ <= dim) {                                   \
@@ -176,5 +213,25 @@ static void MS_NAME(weigh_queries)(const MS_NAME(attention_tile) * t, float *val
     switch (nr) { MS_TILES(MS_CASE) }
 #undef MS_CASE
 #undef MS_WEIGH
+  }
+}
+
+// values of `nr` queries from j += weights of those positions [lo, hi) of a chunk that they see: positions that all of
+// them see together, others by halves of them. Each query's positions come in ascending order either way.
+static void MS_NAME(weigh_seen)(const MS_NAME(attention_tile) * t, float *values, const float *weights, uint32_t j,
+                                uint32_t nr, uint32_t chunk, uint32_t lo, uint32_t hi) {
+  const uint32_t first = j / t->group, last = (j + nr - 1) / t->group, half = nr / 2;
+  uint32_t from = MS_NAME(clip)(t->lo[last], lo, hi), to = MS_NAME(clip)(t->hi[first], lo, hi);
+  if (from >= to) from = to = hi;  // nothing in common
+  float *values_after = values + (size_t)half * t->p->value_dim;
+  const float *weights_after = weights + (size_t)half * MS_ATTN_CHUNK;
+  if (first < last && MS_NAME(clip)(t->lo[first], lo, hi) < from) {
+    MS_NAME(weigh_seen)(t, values, weights, j, half, chunk, lo, from);
+    MS_NAME(weigh_seen)(t, values_after, weights_after, j + half, nr - half, chunk, lo, from);
+  }
+  if (from < to) MS_NAME(weigh_queries)(t, values, weights, nr, chunk, from, to);
+  if (first < last && to < MS_NAME(clip)(t->hi[last], lo, hi)) {
+    MS_NAME(weigh_seen)(t, values, weights, j, half, chunk, to, hi);
+    MS_NAME(weigh_seen)(t, values_after, weights_after, j + half, nr - half, chunk, to, hi);
   }
 }

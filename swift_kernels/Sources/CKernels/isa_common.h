@@ -11,11 +11,12 @@
 #include "program_check.h"
 #include "sample_layout.h"
 
-#define MS_DECLARE_KERNELS(isa)                    \
-  void ms_linear_##isa(const ms_host_args *);      \
-  void ms_row_program_##isa(const ms_host_args *); \
-  void ms_attention_##isa(const ms_host_args *);   \
-  void ms_sample_##isa(const ms_host_args *);      \
+#define MS_DECLARE_KERNELS(isa)                     \
+  void ms_linear_##isa(const ms_host_args *);       \
+  void ms_row_program_##isa(const ms_host_args *);  \
+  void ms_attention_##isa(const ms_host_args *);    \
+  void ms_sample_##isa(const ms_host_args *);       \
+  void ms_step_advance_##isa(const ms_host_args *); \
   void ms_add_rms_norm_##isa(const ms_host_args *);
 MS_DECLARE_KERNELS(avx512)
 MS_DECLARE_KERNELS(avx2)

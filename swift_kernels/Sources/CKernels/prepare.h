@@ -10,6 +10,7 @@ MS_PREPARE(linear);
 MS_PREPARE(row_program);
 MS_PREPARE(attention);
 MS_PREPARE(sample);
+MS_PREPARE(step_advance);
 MS_PREPARE(add_rms_norm);
 
 #endif

@@ -145,6 +145,7 @@ static const char *check_row_instr(const checked *k) {
       return strided(k, in->dst);
     case MS_OP_EMBEDDING:
       MS_PASS(slot(k, in->slot));
+      MS_PASS(slot(k, in->slot2));
       problem = ms_panel_problem(in->dims[3], in->n, in->dims[0], in->dims[1], in->dims[2]);
       MS_REQUIRE(problem == NULL, "a table of %u rows of %u: %s", in->dims[3], in->n, problem);
       return result(k, in->n);
