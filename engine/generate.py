@@ -1,7 +1,7 @@
 """Text from a prompt, with mlx-lm's arguments and response fields."""
 from __future__ import annotations
 
-import operator
+import contextlib
 import resource
 import sys
 import time
@@ -12,21 +12,27 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from metalstep.eager_generate import stream_eager
+from metalstep.generate_options import (
+    Processor,
+    Sampler,
+    Sampling,
+    embeddings_from,
+    max_tokens_from,
+    prefill_rows_from,
+    refuse,
+    sampling_from,
+    whole_number,
+    wrapped,
+)
+from metalstep.grammar import Grammar
 from metalstep.model import Model
-from metalstep.native_model import NativeModel
+from metalstep.native_model import PREFILL_ROWS
 from metalstep.plan.logits import Logits
-from metalstep.sampling import SamplingParams
-from metalstep.token_ids import check_tokens, picked_token, prompt_ids
+from metalstep.request import PromptLogprob, Request, TokenOutput
+from metalstep.stream import Stream
+from metalstep.token_ids import prompt_ids
 
-REFUSED = {  # mlx-lm arguments without a native form, and what works instead
-    "draft_model": "speculative decoding is not supported; leave it out",
-    "prompt_cache": "a prompt cache cannot be passed in yet; pass the whole prompt",
-    "max_kv_size": "a rotating cache is not supported; bound the context with load(..., max_context=...)",
-    "kv_bits": "a quantised KV cache is not supported; load(..., kv_dtype='float16') is the smallest",
-    "kv_group_size": "a quantised KV cache is not supported; leave it out",
-    "quantized_kv_start": "a quantised KV cache is not supported; leave it out",
-    "input_embeddings": "input embeddings are not supported; pass token ids",
-}
 RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of getrusage's ru_maxrss
 
 
@@ -35,36 +41,39 @@ class GenerationResponse:
 
     text: the next segment, possibly empty. token, logprobs (mx.array [vocab] float32), from_draft (always False). prompt_tokens,
     generation_tokens: counts. prompt_tps, generation_tps: tokens per second. peak_memory: of the process, in GB. finish_reason:
-    "length", "stop" or None while going on.
+    "length", "stop" or None while going on. Beyond mlx-lm's: logprob and rank of the token, top_logprobs (the most likely tokens with
+    theirs, when asked for), cached_tokens (of the prompt that were in the prefix cache), prompt_logprobs.
     """
 
     def __init__(
-        self,
-        text: str,
-        token: int,
-        logits: Logits,
-        prompt_tokens: int,
-        prompt_tps: float,
-        generation_tokens: int,
-        generation_tps: float,
-        finish_reason: str | None,
+        self, text: str, output: TokenOutput, stream: Stream, counts: tuple[int, int], speeds: tuple[float, float], finish: str | None
     ):
+        """counts and speeds: of the prompt and of the generation."""
         self.text = text
-        self.token = token
+        self.token = output.token
         self.from_draft = False
-        self.prompt_tokens = prompt_tokens
-        self.prompt_tps = prompt_tps
-        self.generation_tokens = generation_tokens
-        self.generation_tps = generation_tps
-        self.finish_reason = finish_reason
-        self._logits = logits
+        self.prompt_tokens, self.generation_tokens = counts
+        self.prompt_tps, self.generation_tps = speeds
+        self.finish_reason = finish
+        self.logprob = output.logprob
+        self.rank = output.rank
+        self.top_logprobs = output.top
+        self._stream = stream
+        self._logits = output.logits  # every output of this stream keeps them
+
+    @property
+    def cached_tokens(self) -> int:
+        return self._stream.cached_tokens
+
+    @property
+    def prompt_logprobs(self) -> list[PromptLogprob | None] | None:
+        """One per prompt token, None for the first."""
+        return self._stream.prompt_logprobs
 
     @cached_property
     def logprobs(self) -> mx.array:
         """Log-probabilities of the whole vocabulary before the token was picked, computed when read."""
-        wide = self._logits.numpy().astype(np.float64)
-        wide -= wide.max()
-        return mx.array((wide - np.log(np.exp(wide).sum())).astype(np.float32))
+        return _logprobs(self._logits)
 
     @cached_property
     def peak_memory(self) -> float:
@@ -77,48 +86,139 @@ def stream_generate(
     prompt: str | Sequence[int] | np.ndarray | mx.array,
     max_tokens: int = 256,
     *,
-    temp: float = 0.0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    top_k: int = 0,
-    seed: int | None = None,
-    sampler: Callable[[mx.array], mx.array] | None = None,
-    logits_processors: list[Callable[[mx.array, mx.array], mx.array]] | None = None,
-    prefill_step_size: int = 512,
+    sampler: Sampler | None = None,
+    logits_processors: list[Processor] | None = None,
+    max_kv_size: int | None = None,
+    prompt_cache: Any = None,
+    prefill_step_size: int = PREFILL_ROWS,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
-    **others: Any,
+    input_embeddings: mx.array | None = None,
+    grammar: Grammar | None = None,
+    **options: Any,
 ) -> Generator[GenerationResponse, None, None]:
-    """Generate token by token.
+    """Generate token by token. Calls of several threads on one model share its batch.
 
-    prompt: text (special tokens are added unless it begins with the bos token) or token ids. max_tokens: -1 for no limit but the
-    context. temp, top_p, min_p, top_k, seed: see SamplingParams. sampler and logits_processors: callables as in mlx-lm; they get
-    the logits in Python, which costs a copy of the vocabulary per token. prefill_step_size: prompt tokens per step, up to 512.
+    prompt: text (special tokens are added unless it begins with the bos token) or token ids; may be empty with input_embeddings.
+    max_tokens: -1 for no limit but the context. options: the fields of SamplingParams (temp is its temperature). sampler and
+    logits_processors: as in mlx-lm; those that sample_utils makes run inside the step, others get the logits in Python, which costs a
+    copy of the vocabulary and a native call per token. max_kv_size: positions that a row sees, the first 4 included. prompt_cache:
+    see models.cache; continued in place. prefill_step_size: prompt tokens per step, up to 512. prompt_progress_callback: called with
+    the prompt tokens done and their number. input_embeddings: [prompt length, hidden_size] instead of the model's own. grammar: what
+    may come next.
     Raises: ValueError for bad arguments, NotImplementedError for an mlx-lm argument that is refused, by name.
     """
-    sampling = SamplingParams(temp, top_p, min_p, top_k, seed)
-    max_tokens = _count("max_tokens", max_tokens)
-    if max_tokens == 0 or max_tokens < -1:
-        raise ValueError(f"max_tokens is {max_tokens}, expected an integer above 0, or -1 for no limit")
-    prefill_step_size = _count("prefill_step_size", prefill_step_size)
-    if prefill_step_size < 1:
-        raise ValueError(f"prefill_step_size is {prefill_step_size}, expected an integer above 0")
-    for name, value in others.items():
-        if name not in REFUSED:
-            raise TypeError(f"stream_generate got an unexpected argument {name!r}")
-        if value is not None and model.native is not None:
-            raise NotImplementedError(f"{name}: {REFUSED[name]}")
-    ids = prompt_ids(tokenizer, prompt)
+    sampling = sampling_from(sampler, logits_processors, options)
+    limit = max_tokens_from(max_tokens)
+    prefill_rows = prefill_rows_from(prefill_step_size, PREFILL_ROWS if model.native else sys.maxsize)
+    embeddings = embeddings_from(input_embeddings)
+    ids = prompt_ids(tokenizer, prompt, may_be_empty=embeddings is not None)
+    tokenizer = wrapped(tokenizer)
     if model.native is None:
-        if vocab_size := model.config.get("vocab_size"):  # MLX reads beyond the table
-            check_tokens(ids, vocab_size)
-        return _eager(
-            model, tokenizer, ids, max_tokens, sampling, sampler, logits_processors, prefill_step_size,
-            prompt_progress_callback, others,
+        return stream_eager(
+            model, tokenizer, ids, limit, sampling, prefill_rows, prompt_progress_callback,
+            {**options, "max_kv_size": max_kv_size, "prompt_cache": prompt_cache, "input_embeddings": input_embeddings, "grammar": grammar},
         )  # fmt: skip
-    pick = _picker(sampler, logits_processors, model.native.vocab_size)
-    return _native(
-        model.native, tokenizer, ids, max_tokens, sampling, pick, prefill_step_size, prompt_progress_callback
-    )
+    stream = _submit(
+        "stream_generate", model, ids, sampling, prompt_progress_callback, options,
+        max_tokens=limit, stop_token_ids=frozenset(tokenizer.eos_token_ids), embeddings=embeddings, prompt_cache=prompt_cache,
+        max_kv_size=max_kv_size, grammar=grammar, prefill_rows=prefill_rows,
+    )  # fmt: skip
+    return _responses(tokenizer, stream, len(ids) if embeddings is None else len(embeddings))
+
+
+def generate_step(
+    prompt: Sequence[int] | np.ndarray | mx.array,
+    model: Model,
+    *,
+    max_tokens: int = 256,
+    sampler: Sampler | None = None,
+    logits_processors: list[Processor] | None = None,
+    max_kv_size: int | None = None,
+    prompt_cache: Any = None,
+    prefill_step_size: int = PREFILL_ROWS,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    input_embeddings: mx.array | None = None,
+    grammar: Grammar | None = None,
+    **options: Any,
+) -> Generator[tuple[int, mx.array], None, None]:
+    """Tokens and logprobs, mx.array [vocab] float32, without a tokenizer: no token ends the text. Arguments are stream_generate's.
+
+    max_tokens: 0 computes the prompt alone, into `prompt_cache`. Raises: as stream_generate.
+    """
+    if model.native is None:
+        raise NotImplementedError(
+            f"generate_step: the model runs eagerly ({model.fallback_reason}); use mlx_lm.generate.generate_step with model.eager"
+        )
+    sampling = sampling_from(sampler, logits_processors, options)
+    prompt_alone = whole_number("max_tokens", max_tokens) == 0
+    embeddings = embeddings_from(input_embeddings)
+    if isinstance(prompt, str):
+        raise ValueError("the prompt is text, expected token ids; encode it, or use stream_generate")
+    stream = _submit(
+        "generate_step", model, prompt_ids(None, prompt, may_be_empty=embeddings is not None), sampling, prompt_progress_callback, options,
+        max_tokens=1 if prompt_alone else max_tokens_from(max_tokens), embeddings=embeddings, prompt_cache=prompt_cache,
+        max_kv_size=max_kv_size, grammar=grammar, prefill_rows=prefill_rows_from(prefill_step_size, PREFILL_ROWS),
+    )  # fmt: skip
+    return _steps(stream, prompt_cache if prompt_alone else None, prompt_alone)
+
+
+def _steps(stream: Stream, cache: Any, prompt_alone: bool) -> Generator[tuple[int, mx.array], None, None]:
+    with contextlib.closing(stream):
+        for output in stream:
+            if not prompt_alone:
+                yield output.token, _logprobs(output.logits)
+    if cache is not None:
+        cache.trim(1)
+
+
+def _submit(
+    function: str,
+    model: Model,
+    ids: np.ndarray,
+    sampling: Sampling,
+    progress: Callable[[int, int], None] | None,
+    options: dict[str, Any],
+    **fields: Any,
+) -> Stream:
+    """Queue a request of a native model. options: what is left of the caller's; fields: Request's."""
+    assert model.native is not None
+    refuse(options, function)
+    if fields["embeddings"] is not None:
+        model.check_input_embeddings()
+    if fields["grammar"] is not None and not sampling.is_native:
+        raise ValueError("grammar and a sampler or logits processors of your own both say how to pick tokens; pass one of them")
+    pick = sampling.picker(model.native.vocab_size)
+    request = Request(ids.tolist(), sampling.params, hand_out_logits=pick is not None, keep_logits=True, **fields)
+    return model.engine.submit(request, pick, progress)
+
+
+def _logprobs(logits: Logits | None) -> mx.array:
+    """Log-probabilities of a row that was kept, [vocab] float32."""
+    assert logits is not None
+    wide = logits.numpy().astype(np.float64)
+    wide -= wide.max()
+    return mx.array((wide - np.log(np.exp(wide).sum())).astype(np.float32))
+
+
+def _responses(tokenizer: Any, stream: Stream, num_prompt: int) -> Generator[GenerationResponse, None, None]:
+    try:
+        started = time.perf_counter()
+        detokenizer, stops = tokenizer.detokenizer, set(tokenizer.eos_token_ids)
+        prompt_tps = 0.0
+        for count, output in enumerate(stream, 1):
+            if count == 1:
+                prompt_tps = num_prompt / (time.perf_counter() - started)
+                started = time.perf_counter()
+            if output.token not in stops:
+                detokenizer.add_token(output.token)
+            if output.finish_reason:
+                detokenizer.finalize()
+            tps = count / (time.perf_counter() - started)
+            yield GenerationResponse(
+                detokenizer.last_segment, output, stream, (num_prompt, count), (prompt_tps, tps), output.finish_reason
+            )
+    finally:
+        stream.close()
 
 
 def generate(model: Model, tokenizer: Any, prompt: str | Sequence[int], verbose: bool = False, **options: Any) -> str:
@@ -134,124 +234,3 @@ def generate(model: Model, tokenizer: Any, prompt: str | Sequence[int], verbose:
         print(f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.1f} tokens-per-sec")
         print(f"Peak memory: {response.peak_memory:.3f} GB")
     return text
-
-
-Picker = Callable[[list[int], np.ndarray], int]
-
-
-def _picker(sampler: Callable | None, processors: list[Callable] | None, vocab_size: int) -> Picker | None:
-    """The caller's own sampling as tokens so far, logits [vocab] -> token; None when the step samples by itself.
-
-    What the callables return is checked: raises ValueError for logits of another shape, without a finite maximum, or for a token
-    outside the vocabulary.
-    """
-    if sampler is None and not processors:
-        return None
-
-    def pick(tokens: list[int], logits: np.ndarray) -> int:
-        row = mx.array(logits)[None]
-        for processor in processors or ():
-            row = processor(mx.array(tokens), row)
-        shape = getattr(row, "shape", None)
-        if shape != (1, vocab_size):
-            raise ValueError(f"a logits processor returned {type(row).__name__} of shape {shape}, expected (1, {vocab_size})")
-        total = mx.logsumexp(row, axis=-1, keepdims=True)
-        if not np.isfinite(np.array(total)).all():
-            raise ValueError("a logits processor left no token: NaN, infinity, or -infinity everywhere; allow at least one token")
-        logprobs = row - total
-        return picked_token(sampler(logprobs) if sampler else mx.argmax(logprobs, axis=-1), vocab_size)
-
-    return pick
-
-
-def _count(name: str, value: object) -> int:
-    """An integer of any type but bool. Raises: ValueError naming the argument."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        return operator.index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise ValueError(f"{name} is {value!r}, expected an integer") from None
-
-
-def _native(
-    model: NativeModel,
-    tokenizer: Any,
-    ids: np.ndarray,
-    max_tokens: int,
-    sampling: SamplingParams,
-    pick: Picker | None,
-    prefill_rows: int,
-    progress: Callable[[int, int], None] | None,
-) -> Generator[GenerationResponse, None, None]:
-    run = model.start(sampling)
-    try:
-        started = time.perf_counter()
-        token = run.prefill(ids, progress, prefill_rows).token
-        if pick is not None:
-            token = pick(ids.tolist(), run.logits.numpy())
-        prompt_tps = len(ids) / (time.perf_counter() - started)
-        started = time.perf_counter()
-        detokenizer, stops = tokenizer.detokenizer, set(tokenizer.eos_token_ids)
-        generated: list[int] = []
-        while True:
-            generated.append(token)
-            finish = "stop" if token in stops else "length" if len(generated) == max_tokens else None
-            if finish is None and run.length >= model.max_context:
-                finish = "length"
-            if token not in stops:
-                detokenizer.add_token(token)
-            if finish:
-                detokenizer.finalize()
-            tps = len(generated) / (time.perf_counter() - started)
-            yield GenerationResponse(
-                detokenizer.last_segment, token, run.logits, len(ids), prompt_tps, len(generated), tps, finish
-            )
-            if finish:
-                return
-            token = run.decode(token).token
-            if pick is not None:
-                token = pick([*ids.tolist(), *generated], run.logits.numpy())
-    finally:
-        run.close()
-
-
-def _eager(
-    model: Model,
-    tokenizer: Any,
-    ids: np.ndarray,
-    max_tokens: int,
-    sampling: SamplingParams,
-    sampler: Callable | None,
-    processors: list[Callable] | None,
-    prefill_rows: int,
-    progress: Callable[[int, int], None] | None,
-    others: dict[str, Any],
-) -> Generator[Any, None, None]:
-    """The same through mlx-lm's own loop, with its own GenerationResponse."""
-    from mlx_lm.generate import stream_generate as mlx_stream_generate
-    from mlx_lm.sample_utils import make_sampler
-
-    if sampler is None:
-        mx.random.seed(sampling.seed or 0)
-        sampler = make_sampler(sampling.temperature, sampling.top_p, sampling.min_p, top_k=sampling.top_k)
-    elif vocab_size := model.config.get("vocab_size"):
-        sampler = _checked(sampler, vocab_size)
-    extra = {name: value for name, value in others.items() if value is not None}
-    if progress is not None:
-        extra["prompt_progress_callback"] = progress
-    return mlx_stream_generate(
-        model.eager,
-        tokenizer,
-        mx.array(ids),
-        max_tokens=max_tokens,
-        sampler=sampler,
-        logits_processors=processors,
-        prefill_step_size=prefill_rows,
-        **extra,
-    )
-
-
-def _checked(sampler: Callable[[mx.array], mx.array], vocab_size: int) -> Callable[[mx.array], mx.array]:
-    """A caller's sampler for mlx-lm's loop, which looks its token up unchecked."""
-    return lambda logprobs: mx.array([picked_token(sampler(logprobs), vocab_size)])

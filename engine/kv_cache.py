@@ -1,8 +1,8 @@
-"""The paged KV cache: one pair of planes per layer, blocks handed to sequences and taken back."""
+"""The paged KV cache on a device: a pair of planes per layer, in groups of layers that share their block tables."""
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field
+import math
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,91 +13,158 @@ from metalstep.kernels.native import NativeDevice
 from metalstep.plan.bindings import KVPlanes
 
 BLOCK_SIZE = 16  # tokens in a KV block
-DTYPES = {  # name: ms_dtype, bytes of an element
-    "float16": (params.MS_FLOAT16, 2),
-    "bfloat16": (params.MS_BFLOAT16, 2),
-    "float32": (params.MS_FLOAT32, 4),
+DTYPES: dict[str, tuple[int, np.dtype]] = {  # name: ms_dtype, numpy's dtype of what is stored
+    "float16": (params.MS_FLOAT16, np.dtype(np.float16)),
+    "bfloat16": (params.MS_BFLOAT16, np.dtype(np.uint16)),
+    "float32": (params.MS_FLOAT32, np.dtype(np.float32)),
 }
 
 
-class OutOfBlocksError(RuntimeError):
-    """No free KV block is left."""
+LayerBlocks = tuple[np.ndarray, np.ndarray]  # keys [blocks, heads, key_dim, BLOCK_SIZE], values [blocks, heads, BLOCK_SIZE, value_dim]
 
 
-@dataclass
-class Sequence:
-    """One sequence's place in the cache. blocks: its blocks in order; length: tokens written."""
+@dataclass(frozen=True)
+class LayerShape:
+    """What one token keeps in a layer: kv heads, elements of a key, elements of a value."""
 
-    blocks: list[int] = field(default_factory=list)
-    length: int = 0
+    heads: int
+    key_dim: int
+    value_dim: int
 
-    def slot(self, position: int) -> int:
-        """Where the token at `position` lies: block * BLOCK_SIZE + place in the block."""
-        return self.blocks[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE
+    @property
+    def elements(self) -> int:
+        return self.heads * (self.key_dim + self.value_dim)
 
-    def slots(self, first: int, count: int) -> np.ndarray:
-        """The places of `count` tokens from position `first`, int32."""
-        positions = np.arange(first, first + count, dtype=np.int32)
-        return np.asarray(self.blocks, np.int32)[positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+
+@dataclass(frozen=True)
+class CacheGroup:
+    """Layers whose rows see the same positions and that therefore share block tables. window: in positions; None: all."""
+
+    window: int | None
+    layers: dict[object, LayerShape]
+
+    def token_bytes(self, dtype: str) -> int:
+        return sum(shape.elements for shape in self.layers.values()) * DTYPES[dtype][1].itemsize
 
 
 class PagedKVCache:
-    """Planes for every attention layer of `graph`, `num_blocks` blocks each, allocated on `device`.
+    """Planes for the layers of `groups`, num_blocks[i] blocks for each layer of the i-th group.
 
-    dtype: float16, bfloat16 or float32. Memory is committed when a block is first written.
+    dtype: float16, bfloat16 or float32. Memory is committed when a block is first written. Which blocks are whose is not known here.
     """
 
-    def __init__(self, device: NativeDevice, graph: Graph, num_blocks: int, dtype: str):
-        if dtype not in DTYPES:
-            raise ValueError(f"kv_dtype is {dtype!r}, expected one of {sorted(DTYPES)}")
-        code, size = DTYPES[dtype]
-        self.num_blocks = num_blocks
+    def __init__(self, device: NativeDevice, groups: list[CacheGroup], num_blocks: list[int], dtype: str):
+        code, stored = DTYPES[dtype]
+        self.groups = groups
+        self.dtype = dtype
         self.planes: dict[object, KVPlanes] = {}
-        self.bytes_per_token = 0
-        for layer, (heads, key_dim, value_dim) in kv_layers(graph).items():
-            shapes = [(num_blocks, heads, key_dim, BLOCK_SIZE), (num_blocks, heads, BLOCK_SIZE, value_dim)]
-            regions = []
-            for shape in shapes:
-                owner = device.create_buffer(int(np.prod(shape)) * size)
-                regions.append(Buffer(owner.handle, 0, shape, dtype))
-            self.planes[layer] = KVPlanes(regions[0], regions[1], BLOCK_SIZE, code)
-            self.bytes_per_token += heads * (key_dim + value_dim) * size
-        self._lock = threading.Lock()  # sequences of several threads take blocks from here
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._views: dict[object, tuple[np.ndarray, np.ndarray]] = {}
+        for index, (group, count) in enumerate(zip(groups, num_blocks, strict=True)):
+            for layer, shape in group.layers.items():
+                k_shape = (count, shape.heads, shape.key_dim, BLOCK_SIZE)
+                v_shape = (count, shape.heads, BLOCK_SIZE, shape.value_dim)
+                owners = [device.create_buffer(math.prod(s) * stored.itemsize) for s in (k_shape, v_shape)]
+                k, v = (Buffer(o.handle, 0, s, dtype) for o, s in zip(owners, (k_shape, v_shape), strict=True))
+                self.planes[layer] = KVPlanes(k, v, BLOCK_SIZE, code, index)
+                self._views[layer] = (owners[0].numpy(stored, k_shape), owners[1].numpy(stored, v_shape))
 
     @property
-    def free_blocks(self) -> int:
-        return len(self._free)
+    def bytes_per_token(self) -> int:
+        return sum(group.token_bytes(self.dtype) for group in self.groups)
 
-    def grow(self, sequence: Sequence, tokens: int) -> None:
-        """Give `sequence` blocks for `tokens` tokens in all.
+    def copy_block(self, group: int, source: int, target: int) -> None:
+        """Copy one block in every layer of a group. No step may be in flight."""
+        for layer in self.groups[group].layers:
+            for plane in self._views[layer]:
+                plane[target] = plane[source]
 
-        Raises: OutOfBlocksError, with nothing taken, when too few are free.
-        """
-        with self._lock:
-            needed = -(-tokens // BLOCK_SIZE) - len(sequence.blocks)
-            if needed > len(self._free):
-                raise OutOfBlocksError(
-                    f"the KV cache has {len(self._free)} free blocks of {BLOCK_SIZE} tokens and the sequence needs {needed} more; "
-                    "finish another generation first, or load with a larger max_context"
-                )
-            for _ in range(needed):
-                sequence.blocks.append(self._free.pop())
+    def read_blocks(self, group: int, blocks: list[int]) -> dict[object, LayerBlocks]:
+        """Copies of a group's blocks, per layer. No step may be in flight."""
+        return {layer: tuple(plane[blocks] for plane in self._views[layer]) for layer in self.groups[group].layers}  # type: ignore[misc]
 
-    def release(self, sequence: Sequence) -> None:
-        """Take a sequence's blocks back."""
-        with self._lock:
-            self._free.extend(reversed(sequence.blocks))
-            sequence.blocks.clear()
-            sequence.length = 0
+    def write_blocks(self, group: int, blocks: list[int], layers: dict[object, LayerBlocks]) -> None:
+        """What `read_blocks` gave, into these blocks."""
+        for layer, arrays in layers.items():
+            for plane, array in zip(self._views[layer], arrays, strict=True):
+                plane[blocks] = array
 
 
-def kv_layers(graph: Graph) -> dict[object, tuple[int, int, int]]:
-    """Per layer of a captured graph: KV heads, elements of a key, elements of a value."""
-    layers: dict[object, tuple[int, int, int]] = {}
+def to_blocks(keys: np.ndarray, values: np.ndarray) -> LayerBlocks:
+    """Keys [heads, tokens, key_dim] and values [heads, tokens, value_dim] as blocks lie in the planes, the last one padded with zeros."""
+    heads, tokens, _ = keys.shape
+    count = -(-tokens // BLOCK_SIZE)
+    padding = [(0, 0), (0, count * BLOCK_SIZE - tokens), (0, 0)]
+    k = np.pad(keys, padding).reshape(heads, count, BLOCK_SIZE, -1).transpose(1, 0, 3, 2)
+    v = np.pad(values, padding).reshape(heads, count, BLOCK_SIZE, -1).transpose(1, 0, 2, 3)
+    return k, v
+
+
+def from_blocks(blocks: LayerBlocks, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """The inverse of `to_blocks`."""
+    k, v = blocks
+    count, heads, key_dim, size = k.shape
+    keys = k.transpose(1, 0, 3, 2).reshape(heads, count * size, key_dim)
+    values = v.transpose(1, 0, 2, 3).reshape(heads, count * size, -1)
+    return np.ascontiguousarray(keys[:, :tokens]), np.ascontiguousarray(values[:, :tokens])
+
+
+def cache_groups(graph: Graph) -> list[CacheGroup]:
+    """The groups of a captured graph: layers without a window first, then by window, widest first."""
+    shapes: dict[object, LayerShape] = {}
+    windows: dict[object, int] = {}  # 0: a reader sees everything
     for node in graph.nodes:
         for part in node.attrs.get("body", [node]):
             if part.op == "kv_write":
                 keys, values = part.inputs[:2]
-                layers[part.attrs["layer"]] = (keys.shape[1], keys.shape[3], values.shape[3])
-    return layers
+                shapes[part.attrs["layer"]] = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
+            elif part.op == "attention":  # several may read one layer's cache
+                layer, window = part.attrs["layer"], part.attrs.get("window") or 0
+                windows[layer] = 0 if window == 0 or windows.get(layer, 1) == 0 else max(window, windows.get(layer, 0))
+    groups: dict[int, dict[object, LayerShape]] = {}
+    for layer, shape in shapes.items():
+        groups.setdefault(windows.get(layer, 0), {})[layer] = shape
+    ordered = sorted(groups, key=lambda window: (window != 0, -window))
+    return [CacheGroup(window or None, groups[window]) for window in ordered]
+
+
+@dataclass(frozen=True)
+class CacheCapacity:
+    """num_blocks: per group. tokens: of one sequence that fit."""
+
+    num_blocks: list[int]
+    tokens: int
+    nbytes: int
+
+
+def cache_capacity(
+    groups: list[CacheGroup], dtype: str, *, budget: int, context: int, max_seqs: int, chunk: int
+) -> CacheCapacity:
+    """Divide `budget` bytes: as many blocks as `max_seqs` sequences of `context` tokens could use, or what fits.
+
+    A group with a window needs blocks for the window and a step's chunk of rows only, and gets its full share before the others grow.
+    """
+    most = -(-context // BLOCK_SIZE)
+    windowed = [
+        None if group.window is None else min(most, -(-(group.window + chunk) // BLOCK_SIZE) + 1) for group in groups
+    ]
+    block_bytes = [group.token_bytes(dtype) * BLOCK_SIZE for group in groups]
+
+    def counts(full: int, seqs: int) -> list[int]:
+        return [full if need is None else min(need * seqs, max(full, need)) for need in windowed]
+
+    def cost(full: int, seqs: int) -> int:
+        return sum(n * b for n, b in zip(counts(full, seqs), block_bytes, strict=True))
+
+    low, high = 0, most * max_seqs  # blocks of a group without a window; those with one follow
+    while low < high:
+        middle = (low + high + 1) // 2
+        if cost(middle, max_seqs) <= budget:
+            low = middle
+        else:
+            high = middle - 1
+    num_blocks = counts(low, max_seqs)
+    whole = [n for n, need in zip(num_blocks, windowed, strict=True) if need is None]
+    tokens = min([context, *(n * BLOCK_SIZE for n in whole)])
+    if not whole and low < min(need for need in windowed if need is not None):
+        tokens = low * BLOCK_SIZE
+    return CacheCapacity(num_blocks, tokens, cost(low, max_seqs))

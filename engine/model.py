@@ -1,6 +1,7 @@
 """`load` and the model it returns: native where the model can be captured, eager through mlx-lm where it cannot."""
 from __future__ import annotations
 
+import inspect
 import os
 import warnings
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from metalstep.capture import CaptureError, capture
 from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager, open_checkpoint
+from metalstep.engine import Engine
 from metalstep.kernels.linear import ARITHMETIC
 from metalstep.kernels.native import NativeDevice, NativeUnavailable
 from metalstep.kv_cache import DTYPES as KV_DTYPES
@@ -33,6 +35,30 @@ class Model:
         self.eager = eager
         self.fallback_reason = fallback_reason
         self._checkpoint = checkpoint
+        self._engine = Engine(native) if native is not None else None
+
+    @property
+    def engine(self) -> Engine:
+        """What runs this model's requests, for long-lived use: submit, cancel, stats. Every call on this model shares it.
+
+        Raises: NotImplementedError for a model that runs eagerly.
+        """
+        if self._engine is None:
+            raise NotImplementedError(
+                f"the model runs eagerly ({self.fallback_reason}), so it has no engine; use generate or stream_generate"
+            )
+        return self._engine
+
+    def make_cache(self) -> Any:
+        """An empty prompt cache, what mlx-lm's make_prompt_cache asks a model for."""
+        from metalstep.models.cache import make_prompt_cache
+
+        return make_prompt_cache(self)
+
+    def check_input_embeddings(self) -> None:
+        """Raises: ValueError when mlx-lm's model does not take input_embeddings."""
+        if "input_embeddings" not in inspect.signature(type(self.eager).__call__).parameters:
+            raise ValueError(f"{self.model_type} does not take input_embeddings; pass token ids")
 
     @property
     def args(self) -> Any:
@@ -61,7 +87,7 @@ class Model:
                 f"model(..., {names[0]}=...) is not supported on a native model; use stream_generate, which keeps the cache itself, "
                 "or load(..., device='eager')"
             )
-        return mx.array(np.stack([self.native.logits(row) for row in ids]))
+        return mx.array(np.stack([self.engine.logits(row.tolist()) for row in ids]))
 
     def explain(self) -> dict[str, Any]:
         """How this model runs: see `metalstep explain`."""
@@ -86,6 +112,8 @@ class Model:
 
     def close(self) -> None:
         """Give back the device's memory. The model is unusable afterwards."""
+        if self._engine is not None:
+            self._engine.close()
         if self.native is not None:
             self.native.close()
         self._checkpoint.close()
@@ -109,6 +137,7 @@ def load(
     strict: bool = False,
     arithmetic: str = "int16",
     kv_dtype: str = "float16",
+    kv_memory: int | float | str | None = None,
     max_context: int | None = None,
 ) -> tuple[Model, Any]:
     """Load a model and its tokenizer.
@@ -116,7 +145,9 @@ def load(
     path_or_hf_repo: "smollm2" (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory or a Hugging Face id of an mlx-lm model.
     device: "host" (native step on the CPU) or "eager" (mlx-lm's own graph); None takes "host". threads: of the host device; None
     takes what the process may use. strict: raise instead of falling back to eager MLX. arithmetic: "int16" (near-exact) or "int8"
-    (faster with many rows, less exact). kv_dtype: float16, bfloat16 or float32. max_context: tokens that the cache holds.
+    (faster with many rows, less exact). kv_dtype: float16, bfloat16 or float32. max_context: tokens of the longest sequence; None takes
+    the model's limit. kv_memory: of the KV cache, in bytes, as text ("8GB"), or a fraction of the free memory; None takes half of it, or
+    what 64 sequences of max_context need if that is less; memory is taken when it is first written.
     tokenizer_config, model_config: overrides of the files' own, as in mlx-lm. lazy has no effect: weights are packed when loaded.
     Returns: (Model, mlx-lm TokenizerWrapper).
     Raises: CheckpointError for files that cannot be used; CaptureError with strict; ValueError for an option.
@@ -138,7 +169,10 @@ def load(
         native: NativeModel | None = None
         reason: str | None = "device='eager' was asked for"
         if device != "eager":
-            native, reason = _native(checkpoint, skeleton, threads, strict, arithmetic, kv_dtype, max_context)
+            native, reason = _native(
+                checkpoint, skeleton, threads, strict,
+                {"arithmetic": arithmetic, "kv_dtype": kv_dtype, "kv_memory": kv_memory, "max_context": max_context},
+            )  # fmt: skip
         if native is None:
             load_weights_eager(skeleton, checkpoint, eager_dtype())
         return Model(checkpoint, skeleton, native, reason), tokenizer
@@ -158,11 +192,9 @@ def _native(
     skeleton: Any,
     threads: int | None,
     strict: bool,
-    arithmetic: str,
-    kv_dtype: str,
-    max_context: int | None,
+    options: dict[str, Any],
 ) -> tuple[NativeModel | None, str | None]:
-    """The native model, or None and why not (after one warning)."""
+    """The native model, or None and why not (after one warning). options: NativeModel's."""
     try:
         device = NativeDevice.open("host", threads or 0)
     except NativeUnavailable as error:
@@ -172,9 +204,7 @@ def _native(
         return None, str(error)
     try:
         captured = capture(skeleton, checkpoint.config.get("model_type", ""))
-        native = NativeModel(
-            captured, checkpoint, device, max_context=max_context, kv_dtype=kv_dtype, arithmetic=arithmetic
-        )
+        native = NativeModel(captured, checkpoint, device, **options)
         native.warmup()
         return native, None
     except CaptureError as error:

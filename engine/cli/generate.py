@@ -5,11 +5,15 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from metalstep.cli.parser import CommandError, Parser, add_load_options, boolean, json_object, load_model
+from metalstep.cli.parser import CommandError, Parser, add_load_options, boolean, json_object, load_model, refuse
+from metalstep.cli.progress import PromptProgress
+from metalstep.cli.sampling import add_request_options, request_options, with_special_tokens
 from metalstep.generate import GenerationResponse, stream_generate
 from metalstep.model import Model
-from metalstep.sampling import SamplingParams
+from metalstep.models.cache import load_prompt_cache
 from metalstep.token_ids import check_text
+
+MARK = "<the prompt>"  # stands for the user's message to find where it begins
 
 
 def parser() -> Parser:
@@ -53,22 +57,18 @@ def parser() -> Parser:
     p.add_argument(
         "--verbose",
         type=boolean,
-        default=True,
         metavar="true|false",
-        help="print speeds and the device to stderr (default: true)",
+        help="print speeds and the device to stderr (default: true); true also prints the progress of a long prompt where stderr is no "
+        "terminal",
     )
-    sampling = p.add_argument_group("sampling")
-    sampling.add_argument(
-        "--temp", type=float, default=0.0, help="temperature; 0 takes the most likely token (default: 0)"
+    p.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="go on behind the prompt whose cache is saved there; --prompt is what follows it",
     )
-    sampling.add_argument(
-        "--top-p", type=float, default=1.0, help="keep the smallest set with this probability (default: 1, off)"
-    )
-    sampling.add_argument(
-        "--min-p", type=float, default=0.0, help="drop tokens below this times the most likely (default: 0, off)"
-    )
-    sampling.add_argument("--top-k", type=int, default=0, help="keep this many tokens (default: 0, off)")
-    sampling.add_argument("--seed", type=int, help="the same seed gives the same text (default: a new one each time)")
+    refuse(p, "--image", "images are not supported", "pass text alone")
+    refuse(p, "--quantize-activations", "it has another name here", "--arithmetic int8 quantises activations to 8 bits")
+    add_request_options(p)
     add_load_options(p)
     return p
 
@@ -76,8 +76,8 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """generate text from a prompt"""
     args = parser().parse_args(argv)
-    # Before minutes of loading: a wrong value is known now.
-    SamplingParams(args.temp, args.top_p, args.min_p, args.top_k, args.seed)
+    verbose = args.verbose is not False
+    options = request_options(args)
     if args.max_tokens == 0 or args.max_tokens < -1:
         raise CommandError(f"--max-tokens is {args.max_tokens}, expected a number above 0, or -1 for no limit")
     text = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
@@ -92,22 +92,17 @@ def main(argv: list[str]) -> int:
             if token not in tokenizer.get_vocab():
                 raise CommandError(f"--extra-eos-token {token!r} is no token of this model")
             tokenizer.add_eos_token(token)
+        if args.prompt_cache_file is not None:
+            options["prompt_cache"] = saved_cache(model, args.prompt_cache_file)
         ids = encode(tokenizer, text, args)
+        if verbose:
+            options["prompt_progress_callback"] = PromptProgress(lines=args.verbose is True)
+        options = with_special_tokens(options, tokenizer)
         last = None
-        for last in stream_generate(
-            model,
-            tokenizer,
-            ids,
-            args.max_tokens,
-            temp=args.temp,
-            top_p=args.top_p,
-            min_p=args.min_p,
-            top_k=args.top_k,
-            seed=args.seed,
-        ):
+        for last in stream_generate(model, tokenizer, ids, args.max_tokens, **options):
             print(last.text, end="", flush=True)
         print(flush=True)
-        if args.verbose and last is not None:
+        if verbose and last is not None:
             print("\n".join(statistics(model, last)), file=sys.stderr)
     return 0
 
@@ -121,19 +116,41 @@ def encode(tokenizer: Any, text: str, args: Any) -> list[int]:
                 f"{option} needs a chat template, and none is used", "leave it out, or write it into the prompt"
             )
         return tokenizer.encode(text)
+    if args.system_prompt is not None and args.prompt_cache_file is not None:
+        raise CommandError("--system-prompt stands before the message, where --prompt-cache-file has the cached prompt", "leave one out")
     messages = [{"role": "user", "content": text}]
     if args.system_prompt is not None:
         messages.insert(0, {"role": "system", "content": args.system_prompt})
     if args.prefill_response is not None:
         messages.append({"role": "assistant", "content": args.prefill_response})
-    prompt = tokenizer.apply_chat_template(
+    prompt = rendered(tokenizer, messages, args)
+    if args.prompt_cache_file is not None:  # the cache holds what the template puts before the message
+        messages[-1 if args.prefill_response is None else -2]["content"] = MARK
+        before, found, _ = rendered(tokenizer, messages, args).partition(MARK)
+        if not found:
+            raise CommandError("the chat template changes the prompt's text, so that where it begins is unknown", "--ignore-chat-template")
+        prompt = prompt[len(before) :]
+    return tokenizer.encode(prompt, add_special_tokens=False)
+
+
+def saved_cache(model: Model, path: str) -> Any:
+    """A prompt cache that save_prompt_cache wrote. Raises: ValueError for another file, OSError."""
+    if model.native is None:
+        from mlx_lm.models.cache import load_prompt_cache as load_eager_cache
+
+        return load_eager_cache(path)
+    return load_prompt_cache(path)
+
+
+def rendered(tokenizer: Any, messages: list[dict[str, str]], args: Any) -> str:
+    """The chat template's text."""
+    return tokenizer.apply_chat_template(
         messages,
         tokenize=False,
         add_generation_prompt=args.prefill_response is None,
         continue_final_message=args.prefill_response is not None,
         **(args.chat_template_config or {}),
     )
-    return tokenizer.encode(prompt, add_special_tokens=False)
 
 
 def statistics(model: Model, last: GenerationResponse) -> list[str]:
@@ -142,8 +159,10 @@ def statistics(model: Model, last: GenerationResponse) -> list[str]:
     if model.native is not None:
         plan = model.explain()
         device += f", {plan['launches_per_token']} launches per token"
+    known = getattr(last, "cached_tokens", 0)  # mlx-lm's own responses have none
+    cached = f" ({known} cached)" if known else ""
     return [
-        f"prompt: {last.prompt_tokens} tokens, {last.prompt_tps:.1f} tok/s",
+        f"prompt: {last.prompt_tokens} tokens{cached}, {last.prompt_tps:.1f} tok/s",
         decode_rate(last),
         f"device: {device}",
         f"peak memory: {last.peak_memory:.3f} GB",

@@ -21,6 +21,7 @@ Command = Callable[[list[str]], int]
 GROUP = "metalstep.commands"
 COMMANDS = {  # in the order of the help
     "generate": "metalstep.cli.generate",
+    "chat": "metalstep.cli.chat",
     "explain": "metalstep.cli.explain",
     "bench": "metalstep.cli.bench",
 }
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = show_warning
     if sys.stdout is None:  # closed by the caller (`>&-`): Python then has no stream at all
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    if sys.stderr is None:  # messages would otherwise go to stdout
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     try:
         status = run(arguments)
         sys.stdout.flush()

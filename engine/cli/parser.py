@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from metalstep.kernels.linear import ARITHMETIC
 from metalstep.kv_cache import DTYPES
+from metalstep.memory_size import memory_size
 from metalstep.model import DEVICES, Model, load
 
 
@@ -43,6 +45,23 @@ class Parser(argparse.ArgumentParser):
         raise CommandError(message, f"{self.prog} --help")
 
 
+class Refused(argparse.Action):
+    """An option of mlx-lm's without a native form: using it is an error that says why and what works instead."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, reason: str = "", instead: str = "", **_: Any):
+        super().__init__(option_strings, dest, nargs="*", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        self.reason = reason
+        self.instead = instead
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> NoReturn:
+        raise CommandError(f"{option_string}: {self.reason}", self.instead)
+
+
+def refuse(parser: argparse.ArgumentParser, option: str, reason: str, instead: str) -> None:
+    """Let `parser` answer `option` with an error and the hint `instead`."""
+    parser.add_argument(option, action=Refused, reason=reason, instead=instead)
+
+
 def boolean(text: str) -> bool:
     """`true` or `false`, as mlx_lm.generate spells a flag's value."""
     if text.lower() in ("true", "t", "1", "yes"):
@@ -61,6 +80,15 @@ def positive(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not an integer above 0")
     return value
+
+
+def memory(text: str) -> str:
+    """A size that load(kv_memory=...) takes, left as it is: a fraction of the free memory means what is free then."""
+    try:
+        memory_size("it", text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a size (2GB, 1.5GiB) nor a fraction of the free memory (0.5)") from None
+    return text
 
 
 def integers(text: str) -> list[int]:
@@ -106,12 +134,20 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="tokens that the cache holds (default: the model's limit, or what fits)",
     )
     group.add_argument(
+        "--kv-memory",
+        type=memory,
+        metavar="SIZE",
+        help="memory of the KV cache that all requests share: 2GB, 1.5GiB, or 0.5 of what is free (default: what fits)",
+    )
+    group.add_argument(
         "--strict", action="store_true", help="fail where a model cannot run natively instead of running it eagerly"
     )
 
 
 def load_model(args: argparse.Namespace, **others: Any) -> tuple[Model, Any]:
     """`metalstep.load` with the options of `add_load_options`; (model, tokenizer)."""
+    if args.kv_memory is not None:
+        others["kv_memory"] = args.kv_memory
     return load(
         args.model,
         device=args.device,

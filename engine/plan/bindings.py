@@ -14,20 +14,26 @@ from metalstep.plan.weights import WeightStore
 
 @dataclass(frozen=True)
 class KVPlanes:
-    """One layer's cache. k and v: see kernels/kv_write.py; dtype: ms_dtype; block_size in tokens."""
+    """One layer's cache. k and v: see kernels/kv_write.py; dtype: ms_dtype; block_size in tokens; group: of the layers that share its
+    block tables."""
 
     k: Buffer
     v: Buffer
     block_size: int
     dtype: int
+    group: int = 0
 
 
 @dataclass
 class Placement:
-    """Device buffers by stored value. `values` holds what launches write; weights and constants are placed on first use."""
+    """Device buffers by stored value. `values` holds what launches write; weights and constants are placed on first use.
+
+    embeddings: the step's own, for tokens that come with one.
+    """
 
     weights: WeightStore
     planes: dict[object, KVPlanes]
+    embeddings: Buffer
     values: dict[Value, Buffer] = field(default_factory=dict)
     _constants: dict[Value, Buffer] = field(default_factory=dict)
 

@@ -8,17 +8,17 @@ from typing import Any
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Graph, Node, Value
 from metalstep.capture.passes.kinds import row_size
-from metalstep.kernels import attention, linear, params, row_program, sample
+from metalstep.kernels import attention, linear, params, row_program, sample, step_advance
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.native import NativeDevice
 from metalstep.kernels.program import Program
-from metalstep.kernels.step import StepBuffers
 from metalstep.plan.bindings import KVPlanes, Placement, Slots
 from metalstep.plan.hazards import Access, barriers
 from metalstep.plan.layout import row_view
 from metalstep.plan.linear_compiler import LinearCompiler
 from metalstep.plan.memory import Lifetime, arena_layout
 from metalstep.plan.row_compiler import RowCompiler, compile_rows, is_handle, named_inputs, rope_key
+from metalstep.plan.step_arrays import StepArrays
 from metalstep.plan.weights import WeightStore
 
 FLOAT = 4  # bytes of an arena element
@@ -59,16 +59,16 @@ def lower(
     device: NativeDevice,
     weights: WeightStore,
     planes: dict[object, KVPlanes],
-    step: StepBuffers,
+    arrays: StepArrays,
     sizes: Sizes,
     arithmetic: str,
 ) -> Lowered:
-    """Lower a captured graph (after the passes) to launches for steps of up to `sizes` rows.
+    """Lower a captured graph (after the passes) to launches for steps of up to `sizes` rows, on the step of `arrays`.
 
     Raises: CaptureError naming the operation that has no kernel.
     """
     try:
-        return _Lowering(graph, device, weights, planes, step, sizes, arithmetic).run()
+        return _Lowering(graph, device, weights, planes, arrays, sizes, arithmetic).run()
     except NotImplementedError as error:
         raise error if isinstance(error, CaptureError) else CaptureError(str(error)) from error
 
@@ -80,12 +80,13 @@ class _Lowering:
         device: NativeDevice,
         weights: WeightStore,
         planes: dict[object, KVPlanes],
-        step: StepBuffers,
+        arrays: StepArrays,
         sizes: Sizes,
         arithmetic: str,
     ):
-        self.graph, self.device, self.step, self.sizes, self.arithmetic = graph, device, step, sizes, arithmetic
-        self.placement = Placement(weights, planes)
+        self.graph, self.device, self.sizes, self.arithmetic = graph, device, sizes, arithmetic
+        self.step, self.step_sizes = arrays.buffers, arrays.sizes
+        self.placement = Placement(weights, planes, self.step.embeddings)
         self.nodes = [n for n in graph.nodes if n.op not in ("view", "take_rows")]
         self.angles: dict[tuple, Buffer] = {}
         self.rope_nodes: dict[tuple, Node] = {}
@@ -109,12 +110,29 @@ class _Lowering:
         if not logits.contiguous or logits.offset or logits.sampled:
             raise CaptureError(f"the model's logits are a view that is not contiguous: {self.graph.outputs[0]}")
         buffer = self.placement.buffer(logits.root)
-        launches = sample.launches(buffer, self.step, row_size(logits.root), self.sizes.sampled)
-        access = Access([buffer, self.step.sampling], [self.step.sampled])
-        lowered += [LoweredLaunch(launch, access, ["sample"]) for launch in launches]
+        lowered += self._sample(buffer, row_size(logits.root))
         for entry, barrier in zip(lowered, barriers([entry.access for entry in lowered]), strict=True):
             entry.launch.barrier = barrier
         return Lowered(lowered, arena, buffer)
+
+    def _sample(self, logits: Buffer, vocab_size: int) -> list[LoweredLaunch]:
+        """The sampler, and what makes the next step's inputs of its results."""
+        step, sizes = self.step, self.step_sizes
+        (sampler,) = sample.launches(
+            logits,
+            step,
+            vocab_size=vocab_size,
+            max_rows=sizes.results,
+            max_top=sizes.top,
+            history_stride=sizes.history_stride,
+        )
+        (advance,) = step_advance.launches(step, block_size=sizes.block_size, max_rows=sizes.results)
+        results = [step.sampled, step.top, step.history, step.counts, logits]
+        inputs = [step.step, step.tokens, step.positions, step.sampling, *step.slot_mappings]
+        return [
+            LoweredLaunch(sampler, Access([logits, step.sampling, step.masks, step.biases], results), ["sample"]),
+            LoweredLaunch(advance, Access([step.sampled, *step.block_tables], inputs), ["step_advance"]),
+        ]
 
     def _check_rope(self, node: Node) -> None:
         positions = row_view(named_inputs(node)["offset"]).root
@@ -188,10 +206,17 @@ class _Lowering:
             rows, body = self._rows(node), node.attrs["body"]
             compile_rows(compiler, body, node.outputs)
         (launch,) = row_program.launches(
-            program, self.step, slots.buffers, self._rows_code(rows), self.sizes.of(rows)
+            program, self.step, slots.buffers, self._rows_code(rows), self.sizes.of(rows), self._cache_group(body)
         )
         ops = ["rope_angles"] * len(angles) + _names(body)
         return LoweredLaunch(launch, Access(slots.reads, slots.writes), ops)
+
+    def _cache_group(self, body: Sequence[Node]) -> int:
+        """Of the layers whose cache a launch writes."""
+        groups = {self.placement.planes[node.attrs["layer"]].group for node in body if node.op == "kv_write"}
+        if len(groups) > 1:
+            raise CaptureError("one launch writes the caches of layers with different windows")
+        return groups.pop() if groups else 0
 
     def _rows_code(self, rows: str) -> int:
         return int(params.MS_ROWS_SAMPLED if rows == "sampled" else params.MS_ROWS_TOKENS)
@@ -235,6 +260,7 @@ class _Lowering:
             softcap=attrs.get("softcap") or 0.0,
             sinks=sinks,
             max_rows=self.sizes.tokens,
+            group=planes.group,
         )
         return LoweredLaunch(launch, Access([buffer, planes.k, planes.v], [target]), ["attention"])
 

@@ -160,9 +160,9 @@ class RowCompiler:
         packed = self.placement.weights.packed(
             table.name, vocab, width, node.attrs.get("bits", 16), node.attrs.get("group_size", 0)
         )
-        slot = self.slots.read(packed.buffer)
+        slot, own_slot = self.slots.read(packed.buffer), self.slots.read(self.placement.embeddings)
         self.registers[out] = embedding.emit(
-            self.program, slot, width, vocab, packed.bits, packed.group_size, packed.dtype
+            self.program, slot, width, vocab, packed.bits, packed.group_size, packed.dtype, own_slot
         )
 
     def kv_write(self, node: Node) -> None:

@@ -101,9 +101,9 @@ class KVBlocks:
     def open(self, held: BlockTables) -> None:
         """Give it empty tables."""
         count = len(self.groups)
-        held.tables = [[] for _ in range(count)]
         held.heads = [0] * count
         held.tails = [0] * count
+        held.tables = [[] for _ in range(count)]  # after what describes it: see rebuild
         held.keep_blocks = -(-held.keep // self.block_size) if held.window else 0
         held.copies = []
         held.borrowed = False

@@ -2,15 +2,27 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis.strategies import integers, lists
 
-from metalstep.bench.decode import case, rate, ratios
-from metalstep.bench.quality import TEXT, compare
-from metalstep.bench.statistics import ratio, summary
-from metalstep.cli.bench import describe_decode, describe_launches, describe_quality
+from metalstep.bench import prefill
+from metalstep.bench.decode import case_row, rate, ratios
+from metalstep.bench.quality import compare
+from metalstep.bench.rounds import Case, contenders
+from metalstep.bench.sampling import row
+from metalstep.bench.statistics import better, common_prefixes, ratio, summary
+from metalstep.cli.bench import describe_quality
+from metalstep.cli.bench_peers import describe_decode, describe_prefill
+from metalstep.cli.bench_steps import describe_launches, describe_sampling
 from metalstep.cli.explain import describe, operations
 
-RUN = {"ttft_s": 0.05, "steps_s": [0.01, 0.02, 0.01], "ids": [1, 2, 3, 4]}
-SLOW = {"ttft_s": 0.2, "steps_s": [0.02, 0.04, 0.02], "ids": [1, 2, 9, 4]}
+# Two sequences, three steps. The quicker of the peer's settings decodes at half our speed, the other one has the first token earlier.
+CASE = Case(2, 18, 3)
+OURS, ON, OFF = contenders(["metalstep", "llama.cpp"])
+RUN = {"ttft_s": 0.05, "steps_s": [0.01, 0.02, 0.01], "step_tokens": [2, 2, 2], "ids": [[1, 2, 3, 4], [5, 6, 7, 8, 0]]}
+SLOW = {"ttft_s": 0.2, "steps_s": [0.02, 0.04, 0.02], "step_tokens": [2, 2, 2], "ids": [[1, 2, 9, 4], [5, 6, 7, 8]]}
+SLOWER = {**SLOW, "ttft_s": 0.15, "steps_s": [0.03, 0.04, 0.04]}
+RUNS = {(CASE, OURS): [RUN, RUN], (CASE, ON): [SLOW, SLOW], (CASE, OFF): [SLOWER, SLOWER]}
 HEAD = {"engine": "metalstep", "version": "0", "load_s": 0.5, "weight_bytes": 1000, "kv_bytes": 10}
 LAUNCH = {"kernel": "linear", "ops": ["rms_norm", "linear", "linear"], "barrier": True, "weight_bytes": 2048}
 PLAN = {
@@ -45,38 +57,98 @@ def test_a_summary_of_rates_and_of_times():
     assert summary([5.0])["sigma"] == 0.0
 
 
-def test_a_ratio_above_one_is_faster():
-    result = ratios(18, "llama.cpp", [RUN, RUN], [SLOW, SLOW])
-    assert result["decode"]["of_medians"] == pytest.approx(2.0)
-    assert result["ttft"]["median_of_pairs"] == pytest.approx(4.0)
-    assert result["same_ids"] == 2
+def test_a_ratio_above_one_is_faster_than_the_better_setting():
+    result = ratios(CASE, OURS, [OURS, ON, OFF], "llama.cpp", RUNS)
+    assert result["decode"] == {
+        "setting": "flash on",
+        "of_medians": pytest.approx(2.0),
+        "median_of_pairs": pytest.approx(2.0),
+    }
+    assert result["ttft"]["setting"] == "flash off"
+    assert result["ttft"]["of_medians"] == pytest.approx(3.0)
+    assert result["same_ids"] == {"median": 3.0, "min": 2, "whole": 0.5}
     assert ratio([2.0, 8.0, 3.0], [1.0, 1.0, 3.0]) == {"of_medians": 3.0, "median_of_pairs": 2.0}
 
 
-def test_bytes_per_token_are_weights_and_the_cache_at_half_way():
-    row = case("metalstep", 18, [RUN], HEAD)
-    assert row["bytes_per_token"] == round(1000 + 10 * (18 + 1 + 1.5))
-    assert row["gb_s"]["median"] == pytest.approx(rate(RUN) * 1205 / 1e9)
-    assert "gb_s" not in case("llama.cpp", 18, [RUN], HEAD)
+def test_the_better_has_the_higher_median_and_the_first_wins_a_tie():
+    rates = {"lucky": [9.0, 1.0, 1.0], "steady": [3.0, 3.0, 3.0], "alike": [3.0, 3.0, 3.0]}
+    assert better(list(rates), rates.__getitem__) == "steady"
+
+
+@given(lists(lists(integers(0, 3), min_size=4, max_size=4), min_size=1))
+def test_texts_agree_with_themselves(texts):
+    assert common_prefixes(texts, texts) == {"median": 4, "min": 4, "whole": 1.0}
+
+
+def test_texts_agree_up_to_the_first_difference():
+    assert common_prefixes([[1, 2, 3]] * 3, [[1, 2, 3], [0, 2, 3], [1, 2, 0]]) == {"median": 2, "min": 0, "whole": 1 / 3}
+
+
+def test_a_rate_counts_the_tokens_of_all_sequences():
+    assert rate(RUN) == pytest.approx(6 / 0.04)
+    assert case_row(CASE, OURS, [RUN], HEAD)["best_step_tok_s"] == pytest.approx(2 / 0.01)
+
+
+def test_bytes_per_token_are_a_share_of_the_weights_and_the_cache_at_half_way():
+    row = case_row(CASE, OURS, [RUN], HEAD)
+    assert row["bytes_per_token"] == round(1000 / 2 + 10 * (18 + 1 + 1.5))
+    assert row["gb_s"]["median"] == pytest.approx(rate(RUN) * 705 / 1e9)
+    assert "gb_s" not in case_row(CASE, ON, [RUN], HEAD)
 
 
 def test_decode_results_as_lines():
-    cases = [case("metalstep", 18, [RUN, RUN], HEAD), case("llama.cpp", 18, [SLOW, SLOW], HEAD)]
     result = {
         "engines": [HEAD, {**HEAD, "engine": "llama.cpp"}],
         "not_timed": "loading",
-        "cases": cases,
-        "ratios": [ratios(18, "llama.cpp", [RUN], [SLOW])],
+        "cases": [case_row(case, contender, runs, HEAD) for (case, contender), runs in RUNS.items()],
+        "ratios": [ratios(CASE, OURS, [OURS, ON, OFF], "llama.cpp", RUNS)],
     }
     lines = describe_decode(result)
-    assert any(line.startswith("metalstep / llama.cpp, prompt 18: decode 2.00×, TTFT 4.00×") for line in lines)
-    assert any("75.0 ± 0.0" in line for line in lines)
+    assert (
+        "metalstep / llama.cpp, batch 2, prompt 18: decode 2.00× (of medians; of pairs 2.00×, against flash on), "
+        "TTFT 3.00× (of medians; of pairs 3.00×, against flash off); the same first 3 tokens (median; 50% of the texts wholly)"
+    ) in lines
+    head = next(i for i, line in enumerate(lines) if line.startswith("engine "))
+    ends = [line.index(cell) + len(cell) for line, cell in zip(lines[head:], ("decode tok/s", "150.0 ± 0.0"), strict=False)]
+    assert ends[0] == ends[1]
+
+
+def test_prefill_results_as_lines():
+    case = Case(1, 512, 0)
+    first = {"steps_s": [], "step_tokens": [], "ids": [[7]]}
+    ours, on, off = [{**first, "ttft_s": 0.5}], [{**first, "ttft_s": 2.0}], [{**first, "ttft_s": 4.0, "ids": [[8]]}]
+    runs = {(case, OURS): ours, (case, ON): on, (case, OFF): off}
+    result = {
+        "engines": [HEAD],
+        "not_timed": "loading",
+        "cases": [
+            {"engine": c.engine, "setting": c.setting, "prompt_tokens": 512, "prompt_tok_s": summary(prefill.rates(k, r))}
+            for (k, c), r in runs.items()
+        ],
+        "ratios": [prefill.ratios(case, [OURS, ON, OFF], "llama.cpp", runs)],
+    }
+    lines = describe_prefill(result)
+    assert lines[-1] == (
+        "metalstep / llama.cpp, prompt 512: 4.00× (of medians; of pairs 4.00×, against flash on); the same first token in 100%"
+    )
+    assert any(line.startswith("metalstep ") and "1024.0 ± 0.0" in line for line in lines)
 
 
 def test_launch_results_as_lines():
     rows = [{"kernel": "linear", "ops": "linear", "count": 3, "us": 30.0, "weight_bytes": 3000, "gb_s": 0.1}]
     lines = describe_launches({"device": "host", "rows": rows, "total_us": 30.0})
     assert "100.0%" in lines[3]
+    step = {"batch": 32, "step_us": 30000.0, "host_us": 300.0, "host_share": 0.01}
+    lines = describe_launches({"device": "host", "rows": rows, "total_us": 30.0, "generation": step})
+    assert lines[-1].startswith("a step of 32 sequences at a short context: 30000 µs, of which 300 µs (1.0%) outside")
+
+
+def test_sampling_results_as_lines():
+    samples = {"greedy": [100.0, 100.0], "filters": [150.0, 150.0]}
+    rows = [row("greedy", {}, samples), row("filters", {"top_p": 0.9, "top_k": 5}, samples)]
+    lines = describe_sampling({"device": "host", "rows": rows})
+    assert lines[3].endswith("1.00×    1.00×")
+    assert lines[4].endswith("50.0  1.50×    1.50×  top_p, top_k")
 
 
 def test_equal_logits_have_no_distance():
@@ -95,10 +167,6 @@ def test_a_shifted_distribution_has_the_divergence_of_its_definition():
     assert result["kld_max"] == pytest.approx(0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75), rel=1e-6)
     assert result["perplexity"] == pytest.approx(1 / 0.75, rel=1e-6)
     assert result["perplexity_mlx_f32"] == pytest.approx(2.0, rel=1e-6)
-
-
-def test_the_text_is_long_enough_for_800_tokens():
-    assert len(TEXT) > 4000
 
 
 def test_a_plan_in_lines():

@@ -27,7 +27,7 @@ def test_help_names_every_command(capsys, argv):
 
 
 @pytest.mark.parametrize(
-    "argv", [["generate"], ["explain"], ["bench"], ["bench", "decode"], ["bench", "launches"], ["bench", "quality"]]
+    "argv", [["generate"], ["chat"], ["explain"], ["bench"], ["bench", "decode"], ["bench", "launches"], ["bench", "quality"]]
 )
 def test_each_command_has_help(capsys, argv):
     status, out, _ = run(capsys, *argv, "--help")
@@ -46,7 +46,7 @@ def test_version_prints_what_results_depend_on(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["frobnicate"], "no command 'frobnicate', expected one of generate, explain, bench"),
+        (["frobnicate"], "no command 'frobnicate', expected one of generate, chat, explain, bench"),
         (["--frobnicate"], "unknown option --frobnicate"),
         (["generate"], "the following arguments are required: --model"),
         (["generate", "--model", "m", "--prompt", "p", "--frobnicate"], "unrecognized arguments: --frobnicate"),
@@ -70,8 +70,22 @@ def test_version_prints_what_results_depend_on(capsys):
         ),
         (["generate", "--model", "m", "--prompt", "p", "--chat-template-config", "[1]"], "'[1]' is not a JSON object"),
         (["generate", "--model", "m", "--prompt", "p", "--verbose", "maybe"], "'maybe' is neither true nor false"),
+        (["generate", "--model", "m", "--prompt", "p", "--min-tokens-to-keep", "0"], "min_tokens_to_keep is 0"),
+        (["generate", "--model", "m", "--prompt", "p", "--xtc-probability", "2"], "xtc_probability is 2.0"),
+        (["generate", "--model", "m", "--prompt", "p", "--repetition-penalty", "-1"], "repetition_penalty is -1.0"),
+        (["generate", "--model", "m", "--prompt", "p", "--presence-penalty", "inf"], "presence_penalty is inf"),
+        (["generate", "--model", "m", "--prompt", "p", "--logit-bias", '{"x": 1}'], "is not a JSON object from token ids"),
+        (["generate", "--model", "m", "--prompt", "p", "--logit-bias", '{"1": "x"}'], "is not a JSON object from token ids"),
+        (["generate", "--model", "m", "--prompt", "p", "--logit-bias", '{"1": NaN}'], "the logit_bias of token 1 is nan"),
+        (["generate", "--model", "m", "--prompt", "p", "--max-kv-size", "0"], "argument --max-kv-size: '0' is not an integer"),
+        (["generate", "--model", "m", "--prompt", "p", "--kv-memory", "0"], "argument --kv-memory: '0' is neither a size"),
+        (["generate", "--draft-model", "d"], "--draft-model: speculative decoding is not supported"),
+        (["generate", "--adapter-path", "a"], "--adapter-path: adapters are not supported"),
+        (["generate", "--kv-bits", "4"], "--kv-bits: a quantised KV cache is not supported"),
+        (["generate", "--image", "a.png", "b.png"], "--image: images are not supported"),
+        (["chat"], "the following arguments are required: --model"),
         (["explain"], "the following arguments are required: MODEL"),
-        (["bench", "frobnicate"], "no benchmark 'frobnicate', expected one of decode, launches, quality"),
+        (["bench", "frobnicate"], "no benchmark 'frobnicate', expected one of decode, prefill, launches, sampling, quality"),
         (["bench", "decode", "--against", "vllm"], "--against: no peer 'vllm', expected mlx-lm or llama.cpp"),
         (["bench", "decode", "--context", "64,x"], "argument --context: 'x' is not an integer above 0"),
         (["bench", "quality", "--device", "eager"], "--device eager compares MLX with itself"),

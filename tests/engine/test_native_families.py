@@ -7,13 +7,12 @@ from steps import mixed_steps, reference
 from tiny import write_model
 
 import metalstep
-from metalstep.plan.plan import StepBatch
-from metalstep.sampling import SamplingParams
+from metalstep.kv_cache import BLOCK_SIZE
+from metalstep.plan.step_arrays import SAMPLING, StepBatch
 
 NATIVE = [name for name, family in FAMILIES.items() if family.native]
 LENGTHS = (41, 19, 6)  # both sides of every window (8) and original_max_position_embeddings (16) of the configurations
 TEXTS = [[(7 * i + 13 * j) % VOCAB for j in range(n)] for i, n in enumerate(LENGTHS)]
-GREEDY = SamplingParams(seed=0)
 RANGE = 1e-3  # of a row's range of logits: 15-bit activations and the cache's float16
 
 
@@ -46,32 +45,26 @@ def test_ragged_mixed_batches_give_each_sequence_its_own_bits(family):
     """Prefill chunks and decodes of several sequences in one step; every row as if it were alone."""
     model, expected = family
     native = model.native
-    alone = [native.logits(np.array(text)) for text in TEXTS]
-    runs = [native.start(GREEDY) for _ in TEXTS]
-    plan = native.plan(16, 16)
-    try:
-        for run, text in zip(runs, TEXTS, strict=True):
-            run.reserve(len(text))
-        for step in mixed_steps(LENGTHS, 12, takes=(1, 5, 4)):
-            rows = [(s, p) for s, p in step if s >= 0]
-            sequences = [run._state.sequence for run in runs]
-            results = native.run(
-                plan,
-                StepBatch(
-                    tokens=[TEXTS[s][p] for s, p in rows],
-                    positions=[p for _, p in rows],
-                    seq_ids=[s for s, _ in rows],
-                    slot_mapping=[sequences[s].slot(p) for s, p in rows],
-                    block_tables=[sequence.blocks for sequence in sequences],
-                    sampled_rows=list(range(len(rows)))[::-1],
-                    sampling=[GREEDY] * len(rows),
-                    counters=[0] * len(rows),
-                ),
+    alone = [model.engine.logits(text) for text in TEXTS]
+    plan, arrays = native.plan(16, 16), native.arrays
+    room = -(-max(LENGTHS) // BLOCK_SIZE)
+    for sequence in range(len(TEXTS)):  # blocks in an order of their own, and away from those of the engine's last request
+        blocks = 60 - np.arange(room) * len(TEXTS) - sequence
+        arrays.block_tables[:, sequence, :room] = blocks
+    greedy = np.zeros(16, SAMPLING)
+    greedy["target"] = greedy["state"] = -1
+    for step in mixed_steps(LENGTHS, 12, takes=(1, 5, 4)):
+        rows = [(s, p) for s, p in step if s >= 0]
+        results = plan.run(
+            StepBatch(
+                tokens=[TEXTS[s][p] for s, p in rows],
+                positions=[p for _, p in rows],
+                seq_ids=[s for s, _ in rows],
+                sampled_rows=list(range(len(rows)))[::-1],
+                sampling=greedy[: len(rows)],
             )
-            for i, (s, p) in enumerate(rows[::-1]):
-                np.testing.assert_array_equal(plan.logits[i], alone[s][p])
-                assert results[i]["token"] == alone[s][p].argmax()
-                assert within(plan.logits[i], expected[s][p]) <= RANGE
-    finally:
-        for run in runs:
-            run.close()
+        )
+        for i, (s, p) in enumerate(rows[::-1]):
+            np.testing.assert_array_equal(plan.logits[i], alone[s][p])
+            assert results[i]["token"] == alone[s][p].argmax()
+            assert within(plan.logits[i], expected[s][p]) <= RANGE

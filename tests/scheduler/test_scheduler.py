@@ -18,14 +18,14 @@ def add(scheduler, prompt, new_tokens=50, **options):
     return made
 
 
-def turn(scheduler):
+def turn(scheduler, *held):
     schedule = scheduler.schedule()
     for entry in schedule.entries:
         if entry.samples:
             left = entry.sequence.max_tokens_total - len(entry.sequence.tokens)
             entry.sequence.tokens += [1] * min(schedule.steps, left)
     scheduler.advance(schedule)
-    scheduler.check()
+    scheduler.check(held)
     return schedule
 
 
@@ -127,9 +127,7 @@ def test_an_older_sequence_that_comes_back_later_is_the_older_one_still():
     scheduler.blocks.open(cache)
     assert scheduler.blocks.reserve(cache, 16)
     while a.state is State.RUNNING:
-        schedule = scheduler.schedule()
-        b.tokens.append(1)
-        scheduler.advance(schedule)
+        turn(scheduler, cache)
     scheduler.blocks.release(cache)
     scheduler.unpark(a)
     assert turn(scheduler).admitted == [a]
@@ -166,12 +164,10 @@ def test_a_running_sequence_that_prompt_caches_leave_no_room_for_fails():
     cache = BlockTables()
     scheduler.blocks.open(cache)
     assert scheduler.blocks.reserve(cache, 16)
-    turn_until = [scheduler.schedule()]
-    while not turn_until[-1].failed:
-        a.tokens.append(1)
-        scheduler.advance(turn_until[-1])
-        turn_until.append(scheduler.schedule())
-    assert turn_until[-1].failed == [a] and not turn_until[-1].entries and len(a.tokens) == 9
+    schedule = turn(scheduler, cache)
+    while not schedule.failed:
+        schedule = turn(scheduler, cache)
+    assert schedule.failed == [a] and not schedule.entries and len(a.tokens) == 9
     scheduler.check([cache])
 
 
@@ -276,6 +272,56 @@ def test_an_evicted_sequence_that_tokens_do_not_give_again_is_saved_and_restored
     b.tokens.append(1)
     scheduler.advance(schedule)
     assert b.snapshot is None and not b.lost
+
+
+@given(st.integers(1, 20), st.integers(1, 20), st.sampled_from([None, 1, 5, 6]))
+def test_a_snapshot_fits_the_blocks_that_it_goes_back_into(older, younger, window):
+    scheduler = make(window=window, on_evict=lambda sequence: len(scheduler.blocks.filled(sequence, 0)))
+    add(scheduler, older)
+    b = add(scheduler, younger, recomputable=False, cacheable=False)
+    turn(scheduler)
+    cache = BlockTables()
+    scheduler.blocks.open(cache)
+    while b.num_preemptions == 0:  # as if a prompt cache took all that is free
+        cache.tables[0] += scheduler.blocks.pools[0].allocate(scheduler.blocks.free_counts()[0])
+        turn(scheduler, cache)
+    scheduler.blocks.release(cache)
+    schedule = scheduler.schedule()
+    assert schedule.restored == [b]
+    assert len(scheduler.blocks.filled(b, 0)) == b.snapshot
+
+
+def test_a_snapshot_outlives_an_admission_that_does_not_fit():
+    scheduler = make(num_blocks=8, on_evict=lambda sequence: "content")
+    a = add(scheduler, 11)
+    b = add(scheduler, 11, recomputable=False, cacheable=False)
+    while b.num_preemptions == 0:
+        turn(scheduler)
+    computed, blocks = b.computed, scheduler.blocks
+    scheduler.finish(a)
+    cache = BlockTables()
+    blocks.open(cache)
+    assert blocks.reserve(cache, 4 * (7 - -(-computed // 4)))
+    b.parked = True
+    c = add(scheduler, 2)
+    assert scheduler.schedule().admitted == [c]
+    scheduler.unpark(b)  # its blocks are free, and the one that c may want next is not
+    assert not scheduler.schedule().admitted
+    assert b.computed == computed and b.snapshot == "content" and not any(b.tables)
+    blocks.release(cache)
+    assert scheduler.schedule().restored == [b]
+
+
+def test_blocks_that_a_prompt_cache_gives_back_admit_the_queue_at_once():
+    scheduler = make(num_blocks=8)
+    cache = BlockTables()
+    scheduler.blocks.open(cache)
+    assert scheduler.blocks.reserve(cache, 16)
+    a, b = add(scheduler, 3), add(scheduler, 15)
+    for _ in range(3):
+        assert [entry.sequence for entry in turn(scheduler, cache).entries] == [a]
+    scheduler.blocks.release(cache)
+    assert turn(scheduler).admitted == [b]
 
 
 def test_without_a_snapshot_it_is_lost_and_reported():

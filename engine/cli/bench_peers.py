@@ -1,0 +1,234 @@
+"""`metalstep bench decode` and `prefill`: speed in turns with mlx-lm and llama.cpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from metalstep.bench.machine import machine
+from metalstep.bench.peers import PEERS
+from metalstep.cli.bench_output import HelpFormatter, emit, joined, print_head, progress
+from metalstep.cli.parser import CommandError, Parser, integers, positive
+from metalstep.cli.version import versions
+from metalstep.kernels.linear import ARITHMETIC
+from metalstep.native_model import MAX_SEQS, MAX_STEPS
+
+PAIRS = 7
+SPREAD_COLUMNS = [("median", 8), ("best", 8), ("spread", 6), ("n", 3)]  # names and widths
+DECODE_COLUMNS = [
+    ("batch", 5), ("prompt", 6), ("TTFT ms", 8), ("best", 8), ("decode tok/s", 17), *SPREAD_COLUMNS, ("GB/s", 5),
+]  # fmt: skip
+DECODE_EXAMPLES = """examples:
+  metalstep bench decode --against llama.cpp
+  metalstep bench decode --against llama.cpp --batch 1,8,32
+  metalstep bench decode --context 64,4096"""
+PREFILL_EXAMPLES = """examples:
+  metalstep bench prefill --against llama.cpp
+  metalstep bench prefill --against llama.cpp --tokens 128,512,2048"""
+
+
+def decode_parser() -> Parser:
+    p = Parser(
+        "metalstep bench decode",
+        "Time to first token and decode speed, greedy, of one sequence or several that are decoded together. Engines take turns in one "
+        "run, each a process that loads once, so that a noisy machine treats them alike. Prompts are fresh each time. llama.cpp runs "
+        "with flash attention on and off; ratios are against the better. Not timed: loading, making contexts, tokenizing, detokenizing.",
+    )
+    add_peer_options(p, DECODE_EXAMPLES)
+    p.add_argument(
+        "--batch",
+        type=integers,
+        default=[1],
+        metavar="LIST",
+        help="sequences decoded together, e.g. 1,8,32; speeds are of all of them (default: 1)",
+    )
+    p.add_argument(
+        "--tokens", type=positive, default=50, metavar="N", help="tokens per sequence and measurement (default: 50)"
+    )
+    p.add_argument("--prompt-tokens", type=positive, default=18, metavar="N", help="tokens of the prompt (default: 18)")
+    p.add_argument(
+        "--context",
+        type=integers,
+        metavar="LIST",
+        help="prompt lengths to compare, e.g. 64,4096; replaces --prompt-tokens",
+    )
+    p.add_argument(
+        "--decode-steps",
+        type=positive,
+        default=1,
+        metavar="N",
+        help=f"tokens that metalstep computes in one native call, up to {MAX_STEPS} (default: 1)",
+    )
+    return p
+
+
+def prefill_parser() -> Parser:
+    p = Parser(
+        "metalstep bench prefill",
+        "Speed of prompts: tokens per second of a fresh prompt, up to its first token. Engines take turns in one run, each a process "
+        "that loads once. llama.cpp runs with flash attention on and off and, beyond 512 tokens, with its own ubatch of 512 and with "
+        "one that takes the whole prompt; ratios are against the best. Not timed: loading, making contexts, tokenizing.",
+    )
+    add_peer_options(p, PREFILL_EXAMPLES)
+    p.add_argument(
+        "--tokens", type=integers, default=[512], metavar="LIST", help="tokens of the prompt, e.g. 128,512 (default: 512)"
+    )
+    return p
+
+
+def add_peer_options(p: Parser, examples: str) -> None:
+    """The options of every benchmark against peers."""
+    p.formatter_class = HelpFormatter
+    p.epilog = examples
+    p.add_argument(
+        "--model", default="smollm2", metavar="MODEL", help="the model (default: smollm2); llama.cpp needs a .gguf file"
+    )
+    p.add_argument(
+        "--against", default="", metavar="LIST", help=f"peers with commas between them: {','.join(PEERS)} (default: none)"
+    )
+    p.add_argument(
+        "--pairs",
+        type=positive,
+        default=PAIRS,
+        metavar="N",
+        help=f"rounds; each measures every engine once (default: {PAIRS})",
+    )
+    p.add_argument(
+        "--threads", type=positive, metavar="N", help="threads of every engine that lets one choose (default: the CPUs)"
+    )
+    p.add_argument(
+        "--arithmetic",
+        choices=ARITHMETIC,
+        default="int16",
+        help="of metalstep's quantised weights: int16 is near-exact (default), int8 is what llama.cpp computes with",
+    )
+    p.add_argument(
+        "--peers-python", metavar="PATH", help="the Python that has the peers (default: .venv-peers/bin/python)"
+    )
+    p.add_argument("--json", action="store_true", help="the same as JSON, with every sample")
+
+
+def decode(argv: list[str]) -> int:
+    from metalstep.bench.decode import bench_decode
+
+    args = decode_parser().parse_args(argv)
+    against = peers(args.against, "metalstep bench decode --help")
+    if max(args.batch) > MAX_SEQS:
+        raise CommandError(
+            f"--batch: metalstep runs at most {MAX_SEQS} sequences at once, not {max(args.batch)}",
+            f"a batch of up to {MAX_SEQS}",
+        )
+    if args.decode_steps > MAX_STEPS:
+        raise CommandError(
+            f"--decode-steps is {args.decode_steps}, expected at most {MAX_STEPS}", "metalstep bench decode --help"
+        )
+    threads = args.threads or int(machine()["cpus"])
+    if not args.json:
+        steps = f", {args.decode_steps} steps per native call" if args.decode_steps > 1 else ""
+        print_head(
+            args.model,
+            f"threads {threads}, arithmetic {args.arithmetic}, batch {joined(args.batch)}, greedy, {args.tokens} tokens{steps}, "
+            f"{args.pairs} pairs",
+        )
+    result = bench_decode(
+        args.model,
+        against,
+        pairs=args.pairs,
+        tokens=args.tokens,
+        prompts=args.context or [args.prompt_tokens],
+        batches=args.batch,
+        threads=threads,
+        decode_steps=args.decode_steps,
+        options={"arithmetic": args.arithmetic},
+        peers_path=args.peers_python,
+        progress=progress,
+    )
+    emit({**result, "versions": versions()}, args.json, describe_decode)
+    return 0
+
+
+def prefill(argv: list[str]) -> int:
+    from metalstep.bench.prefill import bench_prefill
+
+    args = prefill_parser().parse_args(argv)
+    against = peers(args.against, "metalstep bench prefill --help")
+    threads = args.threads or int(machine()["cpus"])
+    if not args.json:
+        print_head(args.model, f"threads {threads}, arithmetic {args.arithmetic}, one prompt, {args.pairs} pairs")
+    result = bench_prefill(
+        args.model,
+        against,
+        pairs=args.pairs,
+        lengths=args.tokens,
+        threads=threads,
+        options={"arithmetic": args.arithmetic},
+        peers_path=args.peers_python,
+        progress=progress,
+    )
+    emit({**result, "versions": versions()}, args.json, describe_prefill)
+    return 0
+
+
+def peers(text: str, hint: str) -> list[str]:
+    """The names in --against. Raises: CommandError for one that is no peer."""
+    names = list(dict.fromkeys(name for name in text.split(",") if name))
+    for name in names:
+        if name not in PEERS:
+            raise CommandError(f"--against: no peer {name!r}, expected {' or '.join(PEERS)}", hint)
+    return names
+
+
+def describe_engines(result: dict[str, Any], columns: Sequence[tuple[str, int]]) -> list[str]:
+    """The lines above a table of cases: engines, what is not timed, and the columns' names, right-aligned in their widths."""
+    lines = [f"{head['engine']:10} {head['version']}, loaded in {head['load_s']:.2f} s" for head in result["engines"]]
+    names = " ".join(f"{name:>{width}}" for name, width in columns)
+    return [*lines, f"not timed: {result['not_timed']}", "", f"{'engine':22} {names}"]
+
+
+def engine_name(row: dict[str, Any]) -> str:
+    return f"{row['engine']}, {row['setting']}" if row["setting"] else row["engine"]
+
+
+def describe_decode(result: dict[str, Any]) -> list[str]:
+    lines = describe_engines(result, DECODE_COLUMNS)
+    for row in result["cases"]:
+        ttft, rate = row["ttft_ms"], row["decode_tok_s"]
+        mean = f"{rate['mean']:.1f} ± {rate['sigma']:.1f}"
+        bandwidth = f"{row['gb_s']['median']:.1f}" if "gb_s" in row else ""
+        line = (
+            f"{engine_name(row):22} {row['batch']:5} {row['prompt_tokens']:6} {ttft['median']:8.1f} {ttft['best']:8.1f} {mean:>17} "
+            f"{rate['median']:8.1f} {rate['best']:8.1f} {rate['spread']:6.0%} {rate['n']:3} {bandwidth:>5}"
+        )
+        lines.append(line.rstrip())
+    for row in result["ratios"]:
+        same = row["same_ids"]
+        lines.append(
+            f"metalstep / {row['against']}, batch {row['batch']}, prompt {row['prompt_tokens']}: "
+            f"decode {describe_ratio(row['decode'])}, TTFT {describe_ratio(row['ttft'])}; "
+            f"the same first {same['median']:g} tokens (median; {same['whole']:.0%} of the texts wholly)"
+        )
+    if any("gb_s" in row for row in result["cases"]):
+        lines.append("GB/s: weights and KV cache read per step, times the median of steps per second")
+    return lines
+
+
+def describe_prefill(result: dict[str, Any]) -> list[str]:
+    lines = describe_engines(result, [("prompt", 6), ("prompt tok/s", 17), *SPREAD_COLUMNS])
+    for row in result["cases"]:
+        rate = row["prompt_tok_s"]
+        mean = f"{rate['mean']:.1f} ± {rate['sigma']:.1f}"
+        lines.append(
+            f"{engine_name(row):22} {row['prompt_tokens']:6} {mean:>17} {rate['median']:8.1f} {rate['best']:8.1f} "
+            f"{rate['spread']:6.0%} {rate['n']:3}"
+        )
+    for row in result["ratios"]:
+        lines.append(
+            f"metalstep / {row['against']}, prompt {row['prompt_tokens']}: {describe_ratio(row['prefill'])}; "
+            f"the same first token in {row['same_ids']['whole']:.0%}"
+        )
+    return lines
+
+
+def describe_ratio(ratio: dict[str, Any]) -> str:
+    against = f", against {ratio['setting']}" if ratio["setting"] else ""
+    return f"{ratio['of_medians']:.2f}× (of medians; of pairs {ratio['median_of_pairs']:.2f}×{against})"

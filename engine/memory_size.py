@@ -1,0 +1,36 @@
+"""Sizes of memory as users write them."""
+from __future__ import annotations
+
+import os
+import re
+
+UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+EXPECTED = "expected bytes (2_000_000_000), a size ('2GB', '1.5GiB'), or a fraction of the free memory (0.5)"
+
+
+def memory_size(name: str, value: object) -> int:
+    """Bytes of `value`: a whole number of bytes, text with a unit, or a float up to 1 as a fraction of what is free now.
+
+    Raises: ValueError naming the option.
+    """
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?|)b?\s*", value.lower())
+        if match and match[2]:
+            value = int(float(match[1]) * UNITS[match[2]])
+        elif match:
+            value = float(match[1]) if "." in match[1] else int(match[1])
+    if isinstance(value, float) and 0 < value <= 1:
+        return int(free_memory() * value)
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name} is {value!r}, {EXPECTED}")
+    return value
+
+
+def free_memory() -> int:
+    """Bytes that processes can take without swapping."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return int(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") * 0.75)

@@ -1,0 +1,1 @@
+"""Mirrors the part of mlx_lm.models that callers use."""

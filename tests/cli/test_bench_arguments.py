@@ -1,0 +1,54 @@
+"""Wrong calls of `metalstep bench`: refused by name before anything is loaded, with what to do."""
+
+import pytest
+
+from metalstep.cli import main as command
+from metalstep.cli.bench import main as bench
+from metalstep.cli.bench_peers import peers
+from metalstep.cli.parser import CommandError
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill", "launches", "sampling", "quality"])
+def test_each_benchmark_has_help_and_is_in_the_list(capsys, name):
+    assert command.main(["bench", name, "--help"]) == 0
+    assert f"usage: metalstep bench {name}" in capsys.readouterr().out
+    assert command.main(["bench"]) == 0
+    assert f"\n  {name} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill", "launches", "sampling"])
+def test_help_ends_with_examples(capsys, name):
+    command.main(["bench", name, "--help"])
+    assert f"\nexamples:\n  metalstep bench {name}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["frobnicate"], "no benchmark 'frobnicate', expected one of decode, prefill, launches, sampling, quality"),
+        (["decode", "--against", "vllm"], "--against: no peer 'vllm', expected mlx-lm or llama.cpp"),
+        (["prefill", "--against", "vllm"], "--against: no peer 'vllm', expected mlx-lm or llama.cpp"),
+        (["decode", "--batch", "0"], "argument --batch: '0' is not an integer above 0"),
+        (["decode", "--batch", "8,x"], "argument --batch: 'x' is not an integer above 0"),
+        (["decode", "--batch", "8,65"], "--batch: metalstep runs at most 64 sequences at once, not 65"),
+        (["decode", "--decode-steps", "33"], "--decode-steps is 33, expected at most 32"),
+        (["prefill", "--tokens", "-5"], "argument --tokens: '-5' is not an integer above 0"),
+        (["prefill", "--batch", "8"], "unrecognized arguments: --batch 8"),
+        (["launches", "--batch", "65"], "--batch is 65, and at most 64 sequences run at once"),
+        (["launches", "--prefill", "513"], "--prefill is 513, and a step has at most 512 rows"),
+        (["launches", "--prefill", "8", "--batch", "2"], "--prefill profiles one prompt, so it does not go with --batch"),
+        (["sampling", "--batch", "65"], "--batch is 65, and at most 64 sequences run at once"),
+        (["sampling", "--device", "eager"], "--device eager has no native step to measure"),
+        (["launches", "--device", "eager"], "--device eager has no native step to measure"),
+    ],
+)
+def test_a_wrong_call_says_what_is_wrong_and_what_to_do(argv, message):
+    with pytest.raises(CommandError) as refused:
+        bench(argv)
+    assert message in str(refused.value)
+    assert refused.value.hint
+
+
+def test_a_peer_named_twice_is_measured_once():
+    assert peers("llama.cpp,mlx-lm,llama.cpp,", "") == ["llama.cpp", "mlx-lm"]
+    assert peers("", "") == []

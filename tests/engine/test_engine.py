@@ -1,0 +1,417 @@
+"""One engine for many threads: everybody gets what they get alone, whatever the others do, and nothing is left behind."""
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from engines import TEXT, check, kinds, load, pick, row, rows
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from workload import SAMPLINGS, watched
+from workload import requests as made
+
+import metalstep
+from metalstep import Request, SamplingParams, generate, stream_generate
+from metalstep.models.cache import make_prompt_cache
+from metalstep.plan.plan import Plan
+from metalstep.running_request import KEPT_LOGITS
+
+FEW = settings(max_examples=15, phases=(Phase.explicit, Phase.generate))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return tmp_path_factory.mktemp("llama")
+
+
+@pytest.fixture(scope="module")
+def model(directory):
+    with load("llama", directory) as model:
+        yield model
+
+
+@pytest.fixture
+def fresh(directory):
+    """A model for a test that breaks it."""
+    with metalstep.load(directory, strict=True)[0] as model:
+        yield model
+
+
+def in_threads(functions):
+    """Run each in a thread of its own, all at once; what they returned, or raised."""
+    results, barrier = [None] * len(functions), threading.Barrier(len(functions))
+
+    def work(i):
+        barrier.wait()
+        try:
+            results[i] = functions[i]()
+        except Exception as error:
+            results[i] = error
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(functions))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+# ---- many threads ----------------------------------------------------------------------------------------------------------
+
+
+def test_threads_with_different_parameters_share_batches_and_get_their_own_answers(model, directory):
+    tokenizer = metalstep.load(directory, device="eager")[1]
+    tokenizer.eos_token_ids = {0}
+
+    def text(i):
+        return generate(model, tokenizer, TEXT[i : i + 9], max_tokens=30, seed=i, **SAMPLINGS[i % len(SAMPLINGS)])
+
+    def responses(i):
+        options = dict(max_tokens=30, seed=i, **SAMPLINGS[i % len(SAMPLINGS)])
+        got = [(r.token, r.logprob, np.array(r.logprobs).tobytes()) for r in stream_generate(model, tokenizer, TEXT[i : i + 20], **options)]
+        return got
+
+    submitted = [
+        replace(request, decode_steps=1 + i % 3, max_tokens=30, stop_token_ids=frozenset())
+        for i, request in enumerate(made(8, model.native.vocab_size, seed=4))
+    ]
+    functions = [lambda i=i: text(i) for i in range(6)] + [lambda i=i: responses(i) for i in range(6)]
+    functions += [lambda request=request: rows(model.engine.submit(request)) for request in submitted]
+    functions += [lambda start=start: rows(start(model.engine, None)) for start in kinds(model, 30)]
+    alone = [function() for function in functions]
+    with watched(model.engine) as calls:
+        together = in_threads(functions)
+    assert together == alone
+    assert max(count for count, _ in calls) >= 8
+    gc.collect()
+    check(model)
+
+
+@FEW
+@given(data=st.data())
+def test_requests_that_end_early_leave_the_others_alone(model, data):
+    """Closed, cancelled, dropped or left open for a while, after any number of tokens."""
+    engine, starts = model.engine, kinds(model, 12)
+    expected = [rows(start(engine, None)) for start in starts]
+    streams = [start(engine, None) for start in starts]
+    got = [[] for _ in starts]
+    open_ones = set(range(len(starts)))
+    for _ in range(data.draw(st.integers(0, 40))):
+        i = data.draw(st.sampled_from(sorted(open_ones)))
+        what = data.draw(st.sampled_from(["next"] * 4 + ["close", "cancel", "drop"]))
+        if what == "next":
+            got[i] += [row(output) for output in itertools.islice(streams[i], 1)]
+            continue
+        if what == "close":
+            streams[i].close()
+            assert rows(streams[i]) == []
+        elif what == "cancel":
+            engine.cancel(streams[i])
+            got[i] += rows(streams[i])
+        streams[i] = None
+        open_ones.remove(i)
+        if not open_ones:
+            break
+    for i in open_ones:
+        got[i] += rows(streams[i])
+        assert got[i] == expected[i]
+    for tokens, wanted in zip(got, expected, strict=True):
+        assert tokens == wanted[: len(tokens)]
+    streams = None
+    gc.collect()
+    check(model)
+
+
+def test_a_generator_that_is_dropped_gives_its_blocks_back(model, directory):
+    tokenizer = metalstep.load(directory, device="eager")[1]
+    generators = [stream_generate(model, tokenizer, TEXT[:20], max_tokens=100) for _ in range(5)]
+    for generator in generators[:4]:
+        next(generator)
+    assert model.engine.stats().running == 5
+    del generator, generators
+    gc.collect()
+    check(model)
+
+
+def test_garbage_that_is_collected_in_a_step_is_taken_in_after_it(model, monkeypatch):
+    """Streams and prompt caches in reference cycles go when the collector runs, which may be in the middle of anything."""
+    engine, starts = model.engine, kinds(model, 12)
+    expected = [rows(start(engine, None)) for start in starts]
+    run = engine._runner.run
+
+    def litter():
+        for start in starts:
+            cycle = [start(engine, None)]
+            cycle.append(cycle)
+            next(cycle[0])
+
+    def run_and_collect(schedule):
+        gc.collect()
+        ended = run(schedule)
+        gc.collect()
+        return ended
+
+    for _ in range(3):
+        gc.disable()
+        try:
+            litter()
+            monkeypatch.setattr(engine._runner, "run", run_and_collect)
+            assert [rows(start(engine, None)) for start in starts] == expected
+        finally:
+            monkeypatch.undo()
+            gc.enable()
+    gc.collect()
+    check(model)
+
+
+def test_of_two_threads_with_one_prompt_cache_one_is_refused(model):
+    request = Request(TEXT[:9], max_tokens=8)
+    for _ in range(10):
+        cache = make_prompt_cache(model)
+        submitted = in_threads([lambda: model.engine.submit(replace(request, prompt_cache=cache))] * 4)
+        refused = [result for result in submitted if isinstance(result, ValueError)]
+        assert len(refused) == 3 and all("in use" in str(error) for error in refused)
+        for result in submitted:
+            if result not in refused:
+                result.close()
+        assert len(rows(model.engine.submit(replace(request, prompt_cache=cache)))) == 8
+
+
+# ---- callers that are slow, or hold each other up ------------------------------------------------------------------------------
+
+
+def test_a_slow_consumer_of_logits_holds_few_of_them_and_nobody_up(model):
+    engine, starts = model.engine, kinds(model, 30)
+    expected = [rows(start(engine, None)) for start in starts]
+    slow = [engine.submit(Request(TEXT[i : i + 5], SamplingParams(seed=1), 30, keep_logits=True)) for i in range(4)]
+    assert [rows(start(engine, None)) for start in starts] == expected
+    for stream in slow:
+        waiting = [output for output in stream.running.outputs if output is not None]
+        assert len(waiting) == KEPT_LOGITS
+    for i, stream in enumerate(slow):
+        outputs = list(stream)
+        assert len(outputs) == 30
+        for output, place in zip(outputs, range(5, 35), strict=True):
+            ids = TEXT[i : i + 5] + [o.token for o in outputs[: place - 5]]
+            if place in (5, 6, 20, 34):
+                np.testing.assert_array_equal(output.logits.numpy(), engine.logits(ids)[-1])
+    check(model)
+
+
+def test_polling_lets_a_request_go_on_that_was_held_back(model):
+    stream = model.engine.submit(Request(TEXT[:5], SamplingParams(), 9, keep_logits=True))
+    tokens = []
+    while not stream.finished:
+        if (output := stream.poll()) is None:
+            model.engine.wait([stream])
+        else:
+            tokens.append(output.token)
+    assert tokens == [r[0] for r in rows(model.engine.submit(Request(TEXT[:5], SamplingParams(), 9)))]
+
+
+def test_callers_may_wait_for_each_other_while_they_pick(model):
+    """Each of four threads picks only when all four have logits: the step must go on for those that have none yet."""
+    barrier = threading.Barrier(4, timeout=60)
+
+    def slowly(tokens, logits):
+        barrier.wait()
+        return pick(tokens, logits)
+
+    requests = [Request(TEXT[i : 3 * i + 4], max_tokens=6, hand_out_logits=True) for i in range(4)]
+    alone = [rows(model.engine.submit(request, pick)) for request in requests]
+    assert in_threads([lambda r=request: rows(model.engine.submit(r, slowly)) for request in requests]) == alone
+    check(model)
+
+
+def test_waiting_for_a_stream_that_another_thread_picks_for_returns(model):
+    """Nothing can run until the other thread has picked; the wait ends all the same, and sees the token when it is there."""
+    picking, go_on = threading.Event(), threading.Event()
+
+    def slowly(tokens, logits):
+        picking.set()
+        assert go_on.wait(60)
+        return pick(tokens, logits)
+
+    stream = model.engine.submit(Request(TEXT[:4], max_tokens=2, hand_out_logits=True), slowly)
+    result = []
+    thread = threading.Thread(target=lambda: result.extend(rows(stream)))
+    thread.start()
+    assert picking.wait(60)
+    other = model.engine.submit(Request(TEXT[:4], max_tokens=5))
+    assert len(rows(other)) == 5
+    parked = model.engine.submit(Request(TEXT[4:8], max_tokens=1, hand_out_logits=True), pick)
+    while not parked.running.has_news:
+        model.engine.wait([parked])
+    model.engine.wait([])
+    go_on.set()
+    thread.join()
+    assert len(result) == 2 and len(rows(parked)) == 1
+    check(model)
+
+
+def test_what_asks_between_steps_waits_for_one_step_only(model):
+    """A thread that generates without a pause does not keep others from their turn."""
+    done = threading.Event()
+    stream = model.engine.submit(Request(TEXT[:5], max_tokens=245))
+
+    def ask():
+        waits = []
+        while not done.is_set():
+            before = model.engine._runner.steps
+            waits.append(model.engine.stats().steps - before)
+        return waits
+
+    def consume():
+        list(stream)
+        done.set()
+
+    _, waits = in_threads([consume, ask])
+    assert max(waits) <= 2
+
+
+# ---- the end ----------------------------------------------------------------------------------------------------------------
+
+
+def test_closing_ends_every_request_in_every_thread(fresh):
+    engine = fresh.engine
+    started = threading.Barrier(len(kinds(fresh, 200)) + 1)
+
+    def generating(start):
+        stream = start(engine, None)
+        next(stream)
+        started.wait()
+        return rows(stream)
+
+    def closing():
+        started.wait()
+        fresh.close()
+
+    *results, _ = in_threads([*(lambda s=start: generating(s) for start in kinds(fresh, 200)), closing])
+    ended = [result for result in results if isinstance(result, ValueError)]
+    assert all("the model is closed; load it again" in str(error) for error in ended)
+    assert len(ended) >= 4  # a choice and a short cache may have come to their ends
+    assert not [result for result in results if isinstance(result, Exception) and result not in ended]
+    fresh.close()
+    for enter in (lambda: engine.submit(Request([5])), engine.stats, lambda: engine.logits([5]), lambda: engine.wait([])):
+        with pytest.raises(ValueError, match="the model is closed"):
+            enter()
+
+
+@pytest.mark.parametrize("where", ["replay", "write"])
+def test_what_the_device_says_ends_the_requests_in_flight_and_nothing_else(model, monkeypatch, where):
+    engine, starts = model.engine, kinds(model, 30)
+    expected = [rows(start(engine, None)) for start in starts]
+    calls, replay, write = itertools.count(), Plan.replay, model.native.arrays.write
+
+    def fail_once(function, *args):
+        if next(calls) == 12:
+            raise RuntimeError("the device was lost: code 7")
+        return function(*args)
+
+    if where == "replay":
+        monkeypatch.setattr(Plan, "replay", lambda self, steps=1: fail_once(replay, self, steps))
+    else:
+        monkeypatch.setattr(model.native.arrays, "write", lambda batch: fail_once(write, batch))
+    started = threading.Barrier(len(starts))
+
+    def generating(start):
+        stream = start(engine, None)
+        started.wait()
+        return rows(stream)
+
+    results = in_threads([lambda s=start: generating(s) for start in starts])
+    errors = [result for result in results if isinstance(result, Exception)]
+    assert len(errors) >= 6 and len({id(error) for error in errors}) == len(errors)
+    for result, wanted in zip(results, expected, strict=True):
+        assert result == wanted or (type(result) is RuntimeError and str(result) == "the device was lost: code 7")
+    del results, errors
+    assert [rows(start(engine, None)) for start in starts] == expected
+    gc.collect()
+    check(model)
+
+
+def test_a_device_that_fails_for_good_says_so_to_everybody(fresh, monkeypatch):
+    engine = fresh.engine
+
+    def fail(*_):
+        raise RuntimeError("out of order")
+
+    monkeypatch.setattr(Plan, "replay", fail)
+    monkeypatch.setattr(engine._runner._fence, "run", fail)
+    for _ in range(3):
+        results = in_threads([lambda: rows(engine.submit(Request(TEXT[:4], max_tokens=3)))] * 4)
+        assert [str(result) for result in results] == ["out of order"] * 4
+    fresh.close()
+
+
+# ---- who goes first ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_short_request_is_not_overtaken_and_every_step_moves_every_decode(model):
+    """While prompts flood in, a request that runs gets a token from every step, and one that came early gets its turn."""
+    engine = model.engine
+    early = engine.submit(Request(TEXT[:5], max_tokens=60))
+    next(early)
+    flood = [engine.submit(Request([3 + i % 90, *TEXT[i : i + 180]], max_tokens=2)) for i in range(20)]
+    short = engine.submit(Request(TEXT[9:12], max_tokens=3))
+    for i in range(20):
+        flood.append(engine.submit(Request([4 + i % 80, *TEXT[i : i + 170]], max_tokens=2)))
+    steps = []
+    with watched(engine) as calls:
+        while not all(stream.running.done for stream in flood):
+            before = len(early.running.outputs)
+            engine.wait([short] if not short.running.done else [flood[-1]])
+            steps.append(len(early.running.outputs) - before)
+            if short.running.done and len(short.running.outputs) == 3 and not any(s is short for s in flood[:1]):
+                list(short)
+            list_taken = [list(stream) for stream in flood if stream.running.done and not stream.finished]
+            del list_taken
+    assert set(steps[: 60 - 1]) <= {0, 1}
+    assert max(count for count, _ in calls) > 256
+    first_wait = next(i for i, count in enumerate(calls) if count[0] <= 64)
+    assert short.finished and first_wait > 0
+    early.close()
+    check(model)
+
+
+# ---- numbers ----------------------------------------------------------------------------------------------------------------
+
+
+@FEW
+@given(seed=st.integers(0, 2**32), count=st.integers(1, 20), steps=st.sampled_from([1, 8]))
+def test_the_numbers_add_up(model, seed, count, steps):
+    engine = model.engine
+    wanted = [replace(request, decode_steps=steps) for request in made(count, model.native.vocab_size, seed=seed)]
+    before = engine.stats()
+    with watched(engine) as calls:
+        streams = [engine.submit(request) for request in wanted]
+        during = engine.stats()
+        assert during.running + during.waiting == count
+        got = [rows(stream) for stream in streams]
+    after = engine.stats()
+    prompts = sum(len(request.prompt) for request in wanted)
+    cached = after.cached_tokens - before.cached_tokens
+    assert cached == sum(stream.cached_tokens for stream in streams)
+    assert after.prompt_tokens - before.prompt_tokens + cached == prompts
+    assert after.generated_tokens - before.generated_tokens == sum(map(len, got))
+    assert after.steps - before.steps == len(calls)
+    assert after.preemptions == before.preemptions
+    check(model)
+
+
+def test_a_request_longer_than_the_cache_is_refused_when_it_is_submitted(directory):
+    with metalstep.load(directory, strict=True, kv_memory=5 * 16 * 512)[0] as small:
+        room = small.native.max_context
+        assert room < 200
+        with pytest.raises(ValueError, match=f"{room + 1} tokens do not fit into the context of {room}"):
+            small.engine.submit(Request(TEXT[: room + 1], max_tokens=1))
+        assert len(rows(small.engine.submit(Request(TEXT[:room], max_tokens=5)))) == 1
+        cache = make_prompt_cache(small)
+        rows(small.engine.submit(Request(TEXT[: room - 9], max_tokens=4, prompt_cache=cache)))
+        with pytest.raises(ValueError, match=rf"{room + 5} tokens \({room - 5} of them in the prompt cache\) do not fit"):
+            small.engine.submit(Request(TEXT[:10], max_tokens=1, prompt_cache=cache))
+        assert not cache.in_use

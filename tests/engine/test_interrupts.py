@@ -1,0 +1,298 @@
+"""Ctrl-C at any point, and fork: the interrupted thread loses its own request, all others give what they give alone, no block is lost."""
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+from collections.abc import Collection
+from pathlib import Path
+from types import CodeType
+
+import pytest
+from engines import TEXT, check, kinds, load, row, rows
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+import metalstep
+from metalstep import Request, SamplingParams
+from metalstep.models.cache import make_prompt_cache
+
+COUNT = 12  # tokens of a request
+EXPLORE = settings(max_examples=40, phases=(Phase.explicit, Phase.generate))  # an example takes a tenth of a second
+PACKAGE = tuple({str(Path(metalstep.__file__).parent), str(Path(metalstep.__file__).resolve().parent)})
+
+
+class InterruptAt:
+    """Raises KeyboardInterrupt right before the n-th bytecodes that the thread runs in metalstep's own modules, for every n of `points`.
+
+    Signals arrive at fewer places: between some bytecodes the interpreter never looks.
+    """
+
+    def __init__(self, points: Collection[int] = ()):
+        self.points = frozenset(points)
+        self.count = 0
+        self.places: dict[tuple[CodeType, int], list[int]] = {}  # when each bytecode ran
+
+    def __enter__(self) -> InterruptAt:
+        self._before = sys.gettrace()
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self._before)
+
+    def _trace(self, frame, event, argument):
+        if event == "call":
+            if not frame.f_code.co_filename.startswith(PACKAGE):
+                return None
+            frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        elif event == "opcode":
+            self.count += 1
+            if not self.points:
+                self.places.setdefault((frame.f_code, frame.f_lasti), []).append(self.count)
+            elif self.count in self.points:
+                raise KeyboardInterrupt
+        return self._trace
+
+
+def run_all(model, interrupts):
+    """Requests of every kind, a token of each in turn, up to an interrupt. Returns streams, what they gave, and which one was interrupted."""
+    starts = kinds(model, COUNT)
+    streams, got, at = [None] * len(starts), [[] for _ in starts], 0
+    try:
+        with interrupts:
+            for at, start in enumerate(starts):
+                streams[at] = start(model.engine, None)
+            while any(not stream.finished for stream in streams):
+                for at, stream in enumerate(streams):
+                    for output in stream:
+                        got[at].append(row(output))
+                        break
+    except KeyboardInterrupt:
+        return streams, got, at
+    return streams, got, None
+
+
+def check_interrupted(model, expected, points):
+    """The law. The streams of the thread go on behind the interrupt, except for the one that it fell into and those not submitted yet."""
+    streams, got, lost = run_all(model, InterruptAt(points))
+    for i, (stream, tokens, wanted) in enumerate(zip(streams, got, expected, strict=True)):
+        if stream is not None and i != lost:
+            assert tokens + rows(stream) == wanted, f"request {i}"
+        else:
+            assert tokens == wanted[: len(tokens)], f"request {i}, which was interrupted"
+    for stream in filter(None, streams):
+        stream.close()
+    del streams, stream
+    check(model)
+
+
+@pytest.fixture(scope="module", params=["llama", "mistral_windows"])
+def family(request, tmp_path_factory):
+    """(model, what every kind of request gives alone, when each bytecode runs)."""
+    with load(request.param, tmp_path_factory.mktemp(request.param)) as model:
+        expected = [rows(start(model.engine, None)) for start in kinds(model, COUNT)]
+        run_all(model, InterruptAt())  # with every prefix in the cache
+        counting = InterruptAt()
+        assert run_all(model, counting)[1] == expected
+        yield model, expected, counting
+
+
+def test_an_interrupt_before_any_bytecode_leaves_the_others_alone(family):
+    model, expected, counting = family
+    draw = random.Random(1)
+    places = [draw.choice(times) for times in counting.places.values()]
+    for point in draw.sample(places, 150):
+        check_interrupted(model, expected, [point])
+
+
+@EXPLORE
+@given(first=st.floats(0, 1), behind=st.integers(1, 60), more=st.integers(0, 400))
+def test_so_do_several_in_a_row(family, first, behind, more):
+    """The second falls into what the first one has set off: the way out of a turn, closing a stream, or setting the engine right."""
+    model, expected, counting = family
+    point = 1 + int(first * counting.count)
+    check_interrupted(model, expected, [point, point + behind, point + behind + more])
+
+
+@settings(max_examples=15, phases=(Phase.explicit, Phase.generate))
+@given(points=st.lists(st.floats(0, 1), min_size=1, max_size=4))
+def test_an_interrupted_driver_leaves_other_threads_alone(family, points):
+    """Other threads wait for tokens meanwhile, and one of them takes the turn over."""
+    model, expected, counting = family
+    starts = kinds(model, COUNT)
+    got = [None] * len(starts)
+
+    def work(i):
+        got[i] = rows(starts[i](model.engine, None))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(starts))]
+    for thread in threads:
+        thread.start()
+    for part in points:
+        run_all(model, InterruptAt([1 + int(part * counting.count)]))
+    for thread in threads:
+        thread.join()
+    assert got == expected
+    check(model)
+
+
+@EXPLORE
+@given(place=st.floats(0, 1), max_kv_size=st.sampled_from([None, 20]))
+def test_a_prompt_cache_goes_on_behind_an_interrupt(family, place, max_kv_size):
+    """It holds some beginning of the conversation, and what follows is what follows that beginning without a cache."""
+    model, _, _ = family
+    engine = model.engine
+    start = kinds(model, COUNT)[-1 if max_kv_size else -2]
+
+    def talk(interrupts):
+        cache = make_prompt_cache(model, max_kv_size)
+        with interrupts:
+            for _ in range(2):
+                with contextlib.suppress(KeyboardInterrupt):
+                    rows(start(engine, cache))
+        assert cache.offset == len(cache.tokens) and not cache.in_use
+        return list(cache.tokens), rows(start(engine, cache))
+
+    counting = InterruptAt()
+    talk(counting)
+    held, answer = talk(InterruptAt([1 + int(place * counting.count)]))
+    whole = Request(held + TEXT[3:23], SamplingParams(seed=5, temperature=0.9), COUNT // 2, max_kv_size=max_kv_size)
+    assert answer == rows(engine.submit(whole))
+    gc.collect()
+    check(model)
+
+
+SIGNALS = """
+    import os, random, signal, sys, threading, time
+    from pathlib import Path
+    sys.path[:0] = {paths!r}
+    from engines import check, kinds, load, rows
+
+    model = load("llama", Path({directory!r}))
+    starts = kinds(model, 40)
+    expected = [rows(start(model.engine, None)) for start in starts]
+    draw, wrong, done = random.Random(5), [], threading.Event()
+
+    def others(i):
+        while not done.is_set():
+            if (got := rows(starts[i](model.engine, None))) != expected[i]:
+                wrong.append((i, got))
+
+    def press():
+        while not done.is_set():
+            time.sleep(draw.uniform(0.001, 0.03))
+            os.kill(os.getpid(), signal.SIGINT)
+
+    threads = [threading.Thread(target=others, args=(i,), daemon=True) for i in range(len(starts))] + [threading.Thread(target=press, daemon=True)]
+    interrupted = 0
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for thread in threads:
+        thread.start()
+    while interrupted < 150:
+        try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            while True:
+                rows(starts[0](model.engine, None))
+        except KeyboardInterrupt:
+            interrupted += 1
+    while True:
+        try:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
+            break
+        except KeyboardInterrupt:
+            continue
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong
+    assert [rows(start(model.engine, None)) for start in starts] == expected
+    check(model)
+    print("others are whole")
+"""
+
+FORKS = """
+    import os, signal, sys, threading
+    from contextlib import suppress
+    from pathlib import Path
+    sys.path[:0] = {paths!r}
+    import mlx.core as mx
+    import metalstep
+    from engines import check, kinds, load, rows
+    from metalstep.models.cache import make_prompt_cache
+
+    model = load("llama", Path({directory!r}))
+    engine, starts = model.engine, kinds(model, 60)
+    expected = [rows(start(engine, None)) for start in starts]
+    cache = make_prompt_cache(model)
+    rows(starts[-2](engine, cache))
+    done, wrong = threading.Event(), []
+
+    def others(i):
+        while not done.is_set():
+            if (got := rows(starts[i](engine, None))) != expected[i]:
+                wrong.append((i, got))
+
+    threads = [threading.Thread(target=others, args=(i,), daemon=True) for i in range(len(starts))]
+    for thread in threads:
+        thread.start()
+
+    def child(stream):
+        signal.alarm(20)  # ends a child that blocks
+        request = metalstep.Request([5, 6, 7], max_tokens=2)
+        for enter in (
+            lambda: engine.submit(request), lambda: engine.logits([5]), lambda: engine.collect(request), engine.stats, engine.settle,
+            lambda: engine.exclusively(lambda: None), lambda: engine.wait([stream]), lambda: model(model_input),
+            lambda: rows(starts[-2](engine, cache)), lambda: cache.trim(3), cache.copy, lambda: cache[0].state,
+            lambda: model.native.plan(3, 3),
+        ):
+            try:
+                enter()
+            except ValueError as error:
+                assert "this process was forked" in str(error) or "the model is closed" in str(error), error
+                continue
+            raise AssertionError(f"{{enter}} was not refused")
+        with suppress(ValueError):  # unless the parent's threads had run it to its end
+            list(stream)
+        engine.cancel(stream)
+        stream.close()
+        model.close()
+        os._exit(0)
+
+    model_input = mx.array([[5]])
+    for _ in range(25):
+        stream = starts[0](engine, None)
+        next(stream)
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child(stream)
+            except BaseException as error:
+                print(f"{{type(error).__name__}}: {{error}}", flush=True)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        assert status == 0, status
+        assert len(rows(stream)) == len(expected[0]) - 1
+    done.set()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong
+    cache = None
+    check(model)
+    print("parent and children are whole")
+"""
+
+
+@pytest.mark.parametrize(("script", "said"), [(SIGNALS, "others are whole"), (FORKS, "parent and children are whole")], ids=["sigint", "fork"])
+def test_in_a_process_of_its_own(tmp_path, script, said):
+    here = Path(__file__).parent
+    paths = [str(here), str(here.parent / "capture")]
+    script = textwrap.dedent(script).format(paths=paths, directory=str(tmp_path))
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, env=os.environ)
+    assert result.stdout.endswith(f"{said}\n"), result.stdout + result.stderr
