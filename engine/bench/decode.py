@@ -1,20 +1,15 @@
-"""Decode speed of metalstep and its peers on one model, measured in turns in one run."""
+"""Time to first token and decode speed of metalstep and its peers on one model, measured in turns in one run."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 from metalstep.bench.machine import machine
-from metalstep.bench.peers import Peer, model_for, peers_python
-from metalstep.bench.statistics import ratio, summary
-from metalstep.checkpoint import Checkpoint, open_checkpoint
+from metalstep.bench.rounds import Case, Contender, Progress, Runs, alternate, contenders, workers
+from metalstep.bench.statistics import better, common_prefixes, ratio, summary
+from metalstep.native_model import MAX_SEQS, PREFILL_ROWS
 
-TEXT = "The quick brown fox jumps over the lazy dog and then walks home. "
-NOT_TIMED = "loading, tokenizing, detokenizing"
+NOT_TIMED = "loading, making contexts, tokenizing, detokenizing"
 
 
 def bench_decode(
@@ -24,45 +19,39 @@ def bench_decode(
     pairs: int,
     tokens: int,
     prompts: list[int],
+    batches: list[int],
     threads: int,
+    decode_steps: int = 1,
+    options: dict[str, Any] | None = None,
     peers_path: str | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure metalstep and `against` in turns: `pairs` rounds, in each every prompt length, in each every engine.
+    """Measure metalstep and `against` in turns: `pairs` rounds, in each every batch size and prompt length, in each every engine.
 
-    prompts: tokens of the prompt, and so of the context at which decoding starts. tokens: decoded per measurement. Each engine is a
-    process that loads once and idles while another is measured; a round before the first is not counted. Returns machine, engines,
-    cases (per prompt and engine: TTFT in ms, decode in tok/s, and for metalstep GB/s of weights and KV cache) and ratios (metalstep
-    over the peer, above 1 is faster).
+    prompts: tokens of a prompt, and so of the context at which decoding starts. batches: sequences decoded together, each with a
+    prompt of its own. tokens: decoded per sequence and measurement. decode_steps: tokens that metalstep may compute in one native
+    call. options: what it loads with. Each engine is a process that loads once and idles while another is measured; a round before
+    the first is not counted. Returns machine, engines, cases (per batch, prompt and engine: TTFT of the last sequence in ms, decode
+    in tok/s of all sequences together, and for metalstep GB/s of weights and KV cache) and ratios (metalstep over the peer with the
+    better of its settings, above 1 is faster).
     Raises: PeerError for a peer that cannot be started.
     """
     engines = ["metalstep", *against]
-    max_context = max(prompts) + tokens + 1
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metalstep-bench-")))
-        pythons = {engine: peers_python(engine, peers_path) for engine in engines}
-        checkpoint = open_checkpoint(model)
-        stack.callback(checkpoint.close)
-        texts = {length: prompt_ids(checkpoint, length) for length in prompts}
-        workers = {}
-        for engine in engines:
-            progress(f"loading {engine}")
-            path = model_for(engine, checkpoint, model, scratch)
-            workers[engine] = Peer(engine, pythons[engine], path, threads, max_context)
-            stack.callback(workers[engine].close)
-        results: dict[tuple[int, str], list[dict[str, Any]]] = {
-            (length, name): [] for length in prompts for name in engines
-        }
-        for round_number in range(pairs + 1):
-            # Every other round runs backwards: none is always the one behind a hot or a cold neighbour.
-            order = engines if round_number % 2 else engines[::-1]
-            for length in prompts:
-                for engine in order:
-                    progress(f"round {round_number} of {pairs}: {engine}, prompt of {length} tokens")
-                    result = workers[engine].measure(texts[length], tokens)
-                    if round_number:
-                        results[length, engine].append(result)
-        heads = [workers[engine].head for engine in engines]
+    cases = [Case(batch, prompt, tokens) for batch in batches for prompt in prompts]
+    field = contenders(engines, decode_steps=decode_steps)
+    # While the last prompts are taken in, some hundred rows a step, the first sequences decode a token a step.
+    ahead = 2 * decode_steps + max(case.batch * case.prompt for case in cases) // (PREFILL_ROWS - MAX_SEQS)
+    with workers(
+        model,
+        engines,
+        max_context=max(case.positions for case in cases) + ahead,
+        threads=threads,
+        options=options or {},
+        peers_path=peers_path,
+        progress=progress,
+    ) as started:
+        runs = alternate(started.measure, started.prompts, cases, lambda _: field, pairs, progress)
+        heads = started.heads
     return {
         "machine": machine(),
         "threads": threads,
@@ -70,57 +59,63 @@ def bench_decode(
         "engines": heads,
         "pairs": pairs,
         "tokens": tokens,
+        "decode_steps": decode_steps,
         "not_timed": NOT_TIMED,
-        "cases": [case(name, length, runs, heads[0]) for (length, name), runs in results.items()],
-        "ratios": [
-            ratios(length, name, results[length, "metalstep"], results[length, name])
-            for length in prompts
-            for name in against
-        ],
+        "cases": [case_row(case, contender, samples, heads[0]) for (case, contender), samples in runs.items()],
+        "ratios": [ratios(case, field[0], field, name, runs) for case in cases for name in against],
     }
-
-
-def prompt_ids(checkpoint: Checkpoint, length: int) -> list[int]:
-    """`length` token ids of plain English, the same for every engine."""
-    tokenizer = checkpoint.tokenizer(None)
-    sentence = tokenizer.encode(TEXT)
-    return (sentence * (-(-length // len(sentence))))[:length]
 
 
 def rate(run: dict[str, Any]) -> float:
-    """Decoded tokens per second."""
-    return len(run["steps_s"]) / sum(run["steps_s"])
+    """Decoded tokens per second, of all sequences together."""
+    return sum(run["step_tokens"]) / sum(run["steps_s"])
 
 
-def case(engine: str, prompt: int, runs: list[dict[str, Any]], ours: dict[str, Any]) -> dict[str, Any]:
-    """One row: an engine at one prompt length. ours: metalstep's head, for its bytes per token."""
+def case_row(case: Case, contender: Contender, runs: list[dict[str, Any]], ours: dict[str, Any]) -> dict[str, Any]:
+    """One row: an engine in one case. ours: metalstep's head, for the bytes it reads."""
+    steps = [step for run in runs for step in zip(run["step_tokens"], run["steps_s"], strict=True)]
     row: dict[str, Any] = {
-        "engine": engine,
-        "prompt_tokens": prompt,
+        "engine": contender.engine,
+        "setting": contender.setting,
+        "batch": case.batch,
+        "prompt_tokens": case.prompt,
         "ttft_ms": summary([run["ttft_s"] * 1e3 for run in runs], best="min"),
         "decode_tok_s": summary([rate(run) for run in runs]),
-        "best_step_tok_s": 1 / min(step for run in runs for step in run["steps_s"]),
+        "best_step_tok_s": max(count / seconds for count, seconds in steps),
     }
-    if engine == "metalstep":
-        # The n-th of the timed steps reads the prompt, the tokens before it and its own.
-        cached = prompt + 1 + len(runs[0]["steps_s"]) / 2
-        read = ours["weight_bytes"] + ours["kv_bytes"] * cached
+    if contender.engine == "metalstep":
+        # A step reads the weights once and each sequence's cache, on average as it is at half way of the timed tokens.
+        cached = case.prompt + 1 + case.tokens / 2
+        read = ours["weight_bytes"] / case.batch + ours["kv_bytes"] * cached
         row["bytes_per_token"] = round(read)
         row["gb_s"] = summary([rate(run) * read / 1e9 for run in runs])
     return row
 
 
-def ratios(prompt: int, against: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+def ratios(case: Case, ours: Contender, field: list[Contender], against: str, runs: Runs) -> dict[str, Any]:
     """metalstep over a peer: of decode rates, and of 1 / TTFT. Above 1 metalstep is faster.
 
-    same_ids: tokens in which the greedy texts agree before they first differ; a near tie between two tokens may end it.
+    Each is against the peer's setting with the better median in just that. same_ids: tokens in which the greedy texts agree before
+    they first differ, the median of all sequences and the fraction of them that agree to the end; a near tie between two tokens may
+    end it.
     """
-    pairs = list(zip(ours[0]["ids"], theirs[0]["ids"], strict=True))
-    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
+    peers = [contender for contender in field if contender.engine == against]
+
+    def rates(contender: Contender) -> list[float]:
+        return [rate(run) for run in runs[case, contender]]
+
+    def speeds(contender: Contender) -> list[float]:
+        return [1 / run["ttft_s"] for run in runs[case, contender]]
+
+    fastest, first = better(peers, rates), better(peers, speeds)
     return {
         "against": against,
-        "prompt_tokens": prompt,
-        "decode": ratio([rate(run) for run in ours], [rate(run) for run in theirs]),
-        "ttft": ratio([1 / run["ttft_s"] for run in ours], [1 / run["ttft_s"] for run in theirs]),
-        "same_ids": same,
+        "batch": case.batch,
+        "prompt_tokens": case.prompt,
+        "decode": {"setting": fastest.setting, **ratio(rates(ours), rates(fastest))},
+        "ttft": {"setting": first.setting, **ratio(speeds(ours), speeds(first))},
+        "same_ids": common_prefixes(
+            [ids[: case.tokens + 1] for run in runs[case, ours] for ids in run["ids"]],
+            [ids[: case.tokens + 1] for run in runs[case, fastest] for ids in run["ids"]],
+        ),
     }

@@ -1,38 +1,50 @@
-"""Where a decode step's time goes: nanoseconds of each kind of launch."""
+"""Where a step's time goes: nanoseconds of each kind of launch."""
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 from typing import Any
 
-import numpy as np
-
+from metalstep.bench.engine_steps import decode_steps
 from metalstep.bench.machine import machine
+from metalstep.bench.prompts import Prompts
 from metalstep.model import Model
-from metalstep.plan.plan import Plan, StepBatch
+from metalstep.request import Request
 from metalstep.sampling import SamplingParams
 
 
-def bench_launches(model: Model, *, context: int, steps: int) -> dict[str, Any]:
-    """Profile `steps` decode steps at a cache of `context` tokens (their contents are zeros).
+def bench_launches(
+    model: Model, prompts: Prompts, *, context: int, steps: int, batch: int = 1, prefill: int | None = None
+) -> dict[str, Any]:
+    """Profile a decode step of `batch` sequences with `context` tokens each, `steps` times.
 
-    The profiled step waits for each launch. Medians leave out stalls that hit different launches in different steps, so on a
-    busy machine their sum is below the time of a step. Returns rows per kind of launch: kernel, ops, count, us (sum of the
+    prefill: profile a step that takes in so many tokens of one fresh prompt instead, up to PREFILL_ROWS; batch and context have no
+    meaning then. The profiled step waits for each launch. Medians leave out stalls that hit different launches in different steps, so
+    on a busy machine their sum is below the time of a step. Returns rows per kind of launch: kernel, ops, count, us (sum of the
     medians over its launches), gb_s of the weights that it reads.
-    Raises: ValueError for a model without a native step.
+    Raises: ValueError for a model without a native step; RuntimeError when a prompt was in the prefix cache.
     """
-    if model.native is None:
+    native = model.native
+    if native is None:
         raise ValueError(f"the model runs eagerly ({model.fallback_reason}), so it has no launches")
-    run = model.native.start(SamplingParams(seed=0))
-    try:
-        run.reserve(context + 1)
-        run.advance(context)
-        plan: Plan = model.native.decode_plan
-        batch: StepBatch = run.batch(np.zeros(1, np.int64), [0])
-        model.native.run(plan, batch)
-        samples = [plan.profile() for _ in range(steps)]
-    finally:
-        run.close()
+    if prefill:
+        batch, context = 1, 0
+    requests = [Request(prompt, SamplingParams(seed=0)) for prompt in prompts.take(batch, prefill or context)]
+    plan = native.plan_for(prefill or batch, batch)
+
+    def profile() -> list[list[int]]:
+        step = native.arrays.step
+        if step["num_tokens"][0] != (prefill or batch):
+            raise RuntimeError(f"the step has {step['num_tokens'][0]} rows, expected {prefill or batch}; take prompts that are fresh")
+        step["advance"] = 0  # the same step each time
+        return [plan.profile() for _ in range(steps)]
+
+    with contextlib.closing(decode_steps(model.engine, requests)) as stream:
+        next(stream)
+        if not prefill:
+            next(stream)  # the arrays hold the latest step: now one of this plan
+        samples = model.engine.exclusively(profile)
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for index, entry in enumerate(plan.launches):
         ops = " ".join(entry.ops)
@@ -48,7 +60,9 @@ def bench_launches(model: Model, *, context: int, steps: int) -> dict[str, Any]:
     return {
         "machine": machine(),
         "device": model.device_description,
+        "batch": batch,
         "context": context,
+        "prefill": prefill,
         "steps": steps,
         "total_us": sum(row["us"] for row in rows.values()),
         "rows": list(rows.values()),

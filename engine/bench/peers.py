@@ -35,10 +35,13 @@ class Peer:
     head: what it says of itself: engine, version, load_s; metalstep's also weight_bytes and kv_bytes per token.
     """
 
-    def __init__(self, engine: str, python: str, model: str, threads: int, max_context: int):
+    def __init__(
+        self, engine: str, python: str, model: str, threads: int, max_context: int, options: dict[str, Any] | None = None
+    ):
+        """options: what the engine loads with beyond that; see worker.py."""
         self.engine = engine
         environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-        command = [python, str(WORKER), engine, model, str(threads), str(max_context)]
+        command = [python, str(WORKER), engine, model, str(threads), str(max_context), json.dumps(options or {})]
         # -m would put this package's folder out of reach of a peer's Python; run as a file, its folder must not shadow modules.
         environment["PYTHONSAFEPATH"] = "1"
         self._process = subprocess.Popen(
@@ -51,11 +54,15 @@ class Peer:
         )
         self.head = self._answer()
 
-    def measure(self, prompt: list[int], tokens: int) -> dict[str, Any]:
-        """ttft_s, steps_s [tokens] and ids [tokens + 1] of one greedy run. Raises: PeerError with the engine's own text."""
+    def measure(self, prompts: list[list[int]], tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
+        """One greedy run of `prompts` together: ttft_s, steps_s, step_tokens and ids, see worker.py.
+
+        settings: the engine's own. Raises: PeerError with the engine's own text.
+        """
         assert self._process.stdin is not None
+        request = {**settings, "prompts": prompts, "tokens": tokens}
         try:
-            print(json.dumps({"prompt": prompt, "tokens": tokens}), file=self._process.stdin, flush=True)
+            print(json.dumps(request), file=self._process.stdin, flush=True)
         except BrokenPipeError:
             raise PeerError(f"{self.engine}: its process has ended") from None
         return self._answer()

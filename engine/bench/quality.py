@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from typing import Any
 
 import mlx.core as mx
@@ -10,9 +9,9 @@ import numpy as np
 from mlx_lm.utils import dequantize_model
 
 from metalstep.bench.machine import machine
+from metalstep.bench.prompts import TEXT
 from metalstep.model import load
 
-TEXT = heapq.__about__  # about 1,000 words of English that every Python has
 ROWS = 64  # positions compared at a time: float64 rows of the whole vocabulary
 
 
