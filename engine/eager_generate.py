@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from metalstep.generate_options import Sampler, Sampling
+from metalstep.models.cache import PromptCache
 from metalstep.sampling import SamplingParams
 from metalstep.token_ids import check_tokens, picked_token
 
@@ -47,6 +48,7 @@ def stream_eager(
         sampler, processors = mlx_sampling(sampling.params)
     elif sampler is not None and vocab_size:
         sampler = _checked(sampler, vocab_size)
+    _check_cache(others.get("prompt_cache"))
     if others.pop("grammar", None) is not None:
         raise NotImplementedError("grammar: a model that runs eagerly has no grammars; leave it out")
     extra = {name: value for name, value in others.items() if value is not None}
@@ -76,7 +78,10 @@ def batch_eager(
     """mlx-lm's batch_generate, with its own BatchResponse. Raises: NotImplementedError for what differs from prompt to prompt there."""
     from mlx_lm.generate import batch_generate as mlx_batch_generate
 
-    if None in limits:
+    for cache in prompt_caches or ():
+        _check_cache(cache)
+    counts = [limit for limit in limits if limit is not None]
+    if len(counts) < len(limits):
         raise NotImplementedError("max_tokens=-1: a model that runs eagerly needs a limit for a batch; pass one")
     if len({(replace(x.params, seed=0), x.sampler, tuple(x.processors or ())) for x in choices}) > 1:
         raise NotImplementedError("sampler: a model that runs eagerly has one way to pick tokens for all prompts; pass one for all")
@@ -92,7 +97,7 @@ def batch_eager(
         tokenizer,
         [ids.tolist() for ids in prompts],
         prompt_caches,
-        max_tokens=limits,
+        max_tokens=counts,
         sampler=sampler,
         logits_processors=list(processors or ()) or None,
         **extra,
@@ -122,6 +127,14 @@ def mlx_sampling(params: SamplingParams) -> tuple[Sampler, list[Callable]]:
     mx.random.seed(params.seed or 0)
     sampler = make_sampler(params.temperature, **{name: getattr(params, name) for name in MLX_FIELDS})
     return sampler, list(make_logits_processors(params.logit_bias, **penalties))
+
+
+def _check_cache(cache: object) -> None:
+    if isinstance(cache, PromptCache):
+        raise ValueError(
+            "the prompt cache is for a model that runs natively; make it with this model, or load it with "
+            "mlx_lm.models.cache.load_prompt_cache"
+        )
 
 
 def _checked(sampler: Sampler, vocab_size: int) -> Sampler:

@@ -8,7 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 
-def prompt_ids(tokenizer: Any, prompt: str | Sequence[int] | np.ndarray | mx.array) -> np.ndarray:
+def prompt_ids(
+    tokenizer: Any, prompt: str | Sequence[int] | np.ndarray | mx.array, *, may_be_empty: bool = False
+) -> np.ndarray:
     """Token ids of a prompt, int64 [length]. Text gets special tokens unless it begins with the bos token.
 
     Raises: ValueError for an empty prompt, text that is not Unicode, or anything but a flat list of integers.
@@ -19,6 +21,8 @@ def prompt_ids(tokenizer: Any, prompt: str | Sequence[int] | np.ndarray | mx.arr
         prompt = tokenizer.encode(prompt, add_special_tokens=bos is None or not prompt.startswith(bos))
     ids = _integers(prompt)
     if ids is not None and ids.size == 0:
+        if may_be_empty:
+            return np.empty(0, np.int64)
         raise ValueError("the prompt is empty; expected at least one token")
     if ids is None or ids.ndim != 1:
         raise ValueError(f"the prompt is {_described(prompt)}, expected text or a flat list of token ids")

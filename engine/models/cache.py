@@ -235,7 +235,8 @@ def _drop(engine: weakref.ref[Engine], held: BlockTables) -> None:
 
 def _states(cache: PromptCache) -> list[tuple[Any, ...]]:
     """mlx-lm's state of every layer; the last token's keys and values are computed first if they are missing."""
-    engine, layers = cache.engine, cache.loaded or [None] * len(cache)
+    engine = cache.engine
+    layers: list[Any] = cache.loaded or [None] * len(cache)
     if cache.tokens and engine is not None:
         layers = engine.caches.export(cache)
     dtype = engine.caches.dtype if engine is not None else cache.loaded[0].dtype if cache.loaded else ""

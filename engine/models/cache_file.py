@@ -78,13 +78,15 @@ def write_cache(
     path: str, states: list[tuple[Any, ...]], tokens: list[int], max_kv_size: int | None, metadata: dict[str, str]
 ) -> None:
     """states: mlx_state of each layer. Raises: ValueError for metadata that is not text."""
-    for name, value in metadata.items():
-        if not isinstance(name, str) or not isinstance(value, str) or name == OWN:
-            raise ValueError(f"metadata has {name!r}: {value!r:.40}, expected text by name, and no name {OWN!r}")
-    arrays, others = {}, [""]
-    for name, value in tree_flatten(states):
+    for key, text in metadata.items():
+        if not isinstance(key, str) or not isinstance(text, str) or key == OWN or "." in key:  # mlx-lm's files nest names by dots
+            raise ValueError(f"metadata has {key!r}: {text!r:.40}, expected text by name, no name with a dot, and not {OWN!r}")
+    arrays: dict[str, mx.array] = {}
+    others: list[Any] = [""]  # what is no array: mlx-lm's list begins with an empty entry
+    flat: Any = tree_flatten(states)
+    for name, value in flat:
         if not isinstance(value, mx.array):
-            others.append((name, "none" if value is None else "scalar"))  # type: ignore[arg-type]
+            others.append((name, "none" if value is None else "scalar"))
         arrays[name] = mx.array([]) if value is None else mx.array(value)
     own = json.dumps({"tokens": tokens, "max_kv_size": max_kv_size})
     classes = [next(name for name, length in STATES.items() if length == len(state)) for state in states]
@@ -142,7 +144,7 @@ def to_mlx(array: np.ndarray, dtype: str) -> mx.array:
 
 
 def _layer(path: str, index: int, state: dict[int, Any], name: str) -> LayerState | None:
-    parts = [state.get(i) for i in range(STATES[name])]
+    parts: list[Any] = [state.get(i) for i in range(STATES[name])]
     if parts[0] is None and parts[1] is None:
         return None
     shapes = [tuple(getattr(part, "shape", ())) for part in parts[:2]]

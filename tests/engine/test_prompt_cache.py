@@ -6,12 +6,12 @@ from contextlib import closing
 import mlx.core as mx
 import numpy as np
 import pytest
-from families import BASE, FAMILIES, VOCAB, build
+from engines import directory_of
+from families import VOCAB
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.generate import generate_step as mlx_generate_step
 from mlx_lm.models import cache as mlx_caches
-from tiny import write_model
 
 import metalstep
 from metalstep import Request, batch_generate, generate, stream_generate
@@ -29,11 +29,6 @@ FEW = settings(max_examples=12)
 TEXT = [(7 * i + 3) % (VOCAB - 3) + 3 for i in range(60)]
 BEHIND = [5, 9, 11]
 FAMILY_NAMES = ["llama", "mistral_windows", "gemma2", "gemma3_text"]  # no window; a window and none; softcaps; a window and none
-
-
-def directory_of(name, path):
-    config = {"model_type": FAMILIES[name].model_type, **BASE, **FAMILIES[name].config}
-    return write_model(path, build(name, quantized=False), config)
 
 
 @pytest.fixture(scope="module")
@@ -292,6 +287,47 @@ def test_a_file_gives_another_model_object_the_same_text(directories, tmp_path, 
                 assert metadata == {"of": "a test", "length": str(length)}
                 assert loaded.tokens == held and loaded[0].offset == len(held)
                 same(answer((other, family[1]), BEHIND, loaded), want)
+
+
+def test_an_eager_model_takes_mlx_lms_caches(directories, tmp_path, models):
+    eager, tokenizer = metalstep.load(directories["llama"], device="eager")
+    cache = make_prompt_cache(eager)
+    first = [r.token for r in stream_generate(eager, tokenizer, TEXT[:9], max_tokens=3, prompt_cache=cache)]
+    save_prompt_cache(tmp_path / "eager.safetensors", cache)
+    again = mlx_caches.load_prompt_cache(str(tmp_path / "eager.safetensors"))
+    text = generate(eager, tokenizer, BEHIND, max_tokens=4, prompt_cache=again)
+    assert text == generate(eager, tokenizer, TEXT[:9] + first + BEHIND, max_tokens=4)
+    assert trim_prompt_cache(again, 2) == 2
+    ours = load_prompt_cache(tmp_path / "eager.safetensors")
+    for call in (
+        lambda: list(stream_generate(eager, tokenizer, BEHIND, prompt_cache=ours)),
+        lambda: batch_generate(eager, tokenizer, [BEHIND], [ours]),
+    ):
+        with pytest.raises(ValueError, match="for a model that runs natively"):
+            call()
+
+
+@settings(max_examples=30)
+@given(data=st.data(), name=st.sampled_from(["llama", "mistral_windows"]))
+def test_damaged_files_are_refused_by_name(models, tmp_path_factory, data, name):
+    path = str(tmp_path_factory.mktemp("damaged") / "cache.safetensors")
+    save_prompt_cache(path, filled_cache(models[name], TEXT[:30])[0])
+    arrays, header = mx.load(path, return_metadata=True)
+    key = data.draw(st.sampled_from(sorted(arrays)))
+    damage = data.draw(st.sampled_from(["gone", "number", "shape", "class", "tokens"]))
+    if damage == "gone":
+        del arrays[key]
+    elif damage == "number":
+        arrays[key] = mx.array(data.draw(st.sampled_from([-1, 10**6, 2.5])))
+    elif damage == "shape":
+        arrays[key] = mx.zeros((1, 3, 7))
+    elif damage == "class":
+        header["1.0"] = "Something"
+    else:
+        header["0.metalstep"] = data.draw(st.sampled_from(["{", "[]", '{"tokens": [1, -5]}', '{"tokens": "many"}', '{"max_kv_size": 2}']))
+    mx.save_safetensors(path, arrays, header)
+    with pytest.raises(CacheFileError, match=r"cache\.safetensors: "):
+        load_prompt_cache(path)
 
 
 @pytest.mark.parametrize("name", FAMILY_NAMES)
