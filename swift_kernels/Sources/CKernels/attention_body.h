@@ -158,6 +158,7 @@ static void MS_NAME(begin_tile)(const MS_NAME(attention) * a, const MS_NAME(atte
   t->first_head = first_head, t->heads = heads;
   t->all_queries = args->scratch;
   t->wide = false;
+  t->next_table = NULL, t->next_lo = t->next_hi = 0;
   const float scale = p->scale;
   const float *q = (const float *)args->buffers[MS_ATTN_Q] + p->q_offset + (size_t)s->row * p->q_row_stride;
   q += (size_t)first_head * n;
@@ -290,6 +291,11 @@ void MS_NAME(ms_attention)(const ms_host_args *args) {
     MS_NAME(begin_tile)(&a, &s, 0, p->num_kv_heads, args, &t);
     t.scores = t.all_queries + ms_attention_scaled(p, narrow);
     if (from == to) {
+      if (row < rows) {
+        const MS_NAME(attention_view) next = MS_NAME(row_view)(&a, row);
+        t.next_table = next.hi > 0 ? a.tables + (size_t)a.seq_ids[row] * step->max_blocks : NULL;
+        t.next_lo = (uint32_t)next.lo & ~15u, t.next_hi = (uint32_t)next.hi;
+      }
       MS_NAME(attend_whole)(&a, &t, &s, t.scores + ms_attention_narrow_scores(p), narrow, args);
     } else {
       MS_NAME(attend_pieces)(&a, &t, &s, parts, first, total, args);

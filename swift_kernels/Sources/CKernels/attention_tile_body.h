@@ -17,6 +17,8 @@ typedef struct {
   const MSAttentionParams *p;
   const void *keys, *values;    // planes
   const int32_t *table;         // the sequence's blocks; NULL: the row sees nothing
+  const int32_t *next_table;    // those of the row that this thread works on next, which sees [next_lo, next_hi)
+  uint32_t next_lo, next_hi;    // next_hi is 0 where that is not known
   uint32_t dtype, block_shift;  // of the planes
   uint32_t plane_heads;         // kv heads of a block,
   uint32_t plane_head;          // of which one is worked on:
@@ -41,16 +43,46 @@ MS_VEC void MS_NAME(prefetch_kv)(const void *plane, size_t at, const uint32_t dt
   __builtin_prefetch((const char *)plane + at * (dtype == MS_FLOAT32 ? 4 : 2), 0, 2);
 }
 
-// The first key element of a position's vector, and the first value element of a position.
-MS_VEC size_t MS_NAME(key_at)(const MS_NAME(attention_tile) * t, uint32_t position) {
-  const size_t block = (uint32_t)t->table[position >> t->block_shift];
+// The first key element of a position's vector, and the first value element of a position, by a sequence's table.
+MS_VEC size_t MS_NAME(key_in)(const MS_NAME(attention_tile) * t, const int32_t *table, uint32_t position) {
+  const size_t block = (uint32_t)table[position >> t->block_shift];
   const size_t head = block * t->plane_heads + t->plane_head;
   return (head * t->p->head_dim << t->block_shift) + (position & ((1u << t->block_shift) - 1));
 }
-MS_VEC size_t MS_NAME(value_at)(const MS_NAME(attention_tile) * t, uint32_t position) {
-  const size_t block = (uint32_t)t->table[position >> t->block_shift];
+MS_VEC size_t MS_NAME(value_in)(const MS_NAME(attention_tile) * t, const int32_t *table, uint32_t position) {
+  const size_t block = (uint32_t)table[position >> t->block_shift];
   const size_t head = block * t->plane_heads + t->plane_head;
   return ((head << t->block_shift) + (position & ((1u << t->block_shift) - 1))) * t->p->value_dim;
+}
+MS_VEC size_t MS_NAME(key_at)(const MS_NAME(attention_tile) * t, uint32_t position) {
+  return MS_NAME(key_in)(t, t->table, position);
+}
+MS_VEC size_t MS_NAME(value_at)(const MS_NAME(attention_tile) * t, uint32_t position) {
+  return MS_NAME(value_in)(t, t->table, position);
+}
+
+// What to fetch while `at` is read: MS_ATTN_AHEAD positions on, and behind the end what the next row reads first, so that
+// rows with short contexts do not each wait for their memory. Sets the table and the position in it.
+MS_VEC void MS_NAME(look_ahead)(const MS_NAME(attention_tile) * t, uint32_t at, uint32_t ahead, const int32_t **table,
+                                uint32_t *position) {
+  const uint32_t hi = (uint32_t)t->hi[t->rows - 1], first = ((uint32_t)t->lo[0] & ~15u) + MS_ATTN_AHEAD;
+  const uint32_t from = ((hi + 15) & ~15u) > first ? (hi + 15) & ~15u : first;
+  *table = t->table, *position = ahead < hi ? ahead : at;
+  if (ahead >= hi && ahead >= from && t->next_lo + (ahead - from) < t->next_hi) {
+    *table = t->next_table, *position = t->next_lo + (ahead - from);
+  }
+}
+MS_VEC size_t MS_NAME(key_ahead)(const MS_NAME(attention_tile) * t, uint32_t at, uint32_t ahead) {
+  const int32_t *table;
+  uint32_t position;
+  MS_NAME(look_ahead)(t, at, ahead, &table, &position);
+  return MS_NAME(key_in)(t, table, position);
+}
+MS_VEC size_t MS_NAME(value_ahead)(const MS_NAME(attention_tile) * t, uint32_t at, uint32_t ahead) {
+  const int32_t *table;
+  uint32_t position;
+  MS_NAME(look_ahead)(t, at, ahead, &table, &position);
+  return MS_NAME(value_in)(t, table, position);
 }
 
 // Positions of one chunk become float32, as planes that have one head and blocks of 16 from the chunk on: whole vectors
@@ -98,7 +130,7 @@ MS_VEC void MS_NAME(score)(const MS_NAME(attention_tile) * t, uint32_t j, uint32
   size_t key[8], next[8];
   MS_UNROLL for (uint32_t v = 0; v < nv; ++v) {
     key[v] = MS_NAME(key_at)(t, at + 16 * v);
-    next[v] = MS_NAME(key_at)(t, ahead + 16 * v < (uint32_t)t->hi[t->rows - 1] ? ahead + 16 * v : at + 16 * v);
+    next[v] = MS_NAME(key_ahead)(t, at + 16 * v, ahead + 16 * v);
     MS_UNROLL for (uint32_t i = 0; i < nr; ++i) sum[i][v] = vsplat(0);
   }
   for (uint32_t d = 0; d < dim; ++d) {
@@ -120,7 +152,7 @@ MS_VEC void MS_NAME(score)(const MS_NAME(attention_tile) * t, uint32_t j, uint32
 // values[i] += weights of positions [lo, hi) times their values, elements [e, e + 16 * nv), for `nr` queries.
 MS_VEC void MS_NAME(weigh)(const MS_NAME(attention_tile) * t, float *values, const float *weights, uint32_t lo,
                            uint32_t hi, uint32_t e, const uint32_t nr, const uint32_t nv, const uint32_t dtype) {
-  const uint32_t dim = t->p->value_dim, last = (uint32_t)t->hi[t->rows - 1] - 1;
+  const uint32_t dim = t->p->value_dim;
   f32x16 sum[12][8];
   MS_UNROLL for (uint32_t i = 0; i < nr; ++i) {
     MS_UNROLL for (uint32_t v = 0; v < nv; ++v) sum[i][v] = vload(values + (size_t)i * dim + e + 16 * v);
@@ -128,7 +160,7 @@ MS_VEC void MS_NAME(weigh)(const MS_NAME(attention_tile) * t, float *values, con
   for (uint32_t at = lo; at < hi;) {
     const uint32_t block_end = (at | ((1u << t->block_shift) - 1)) + 1, end = block_end < hi ? block_end : hi;
     const size_t value = MS_NAME(value_at)(t, at) + e;
-    const size_t next = MS_NAME(value_at)(t, at + MS_ATTN_AHEAD < last ? at + MS_ATTN_AHEAD : last) + e;
+    const size_t next = MS_NAME(value_ahead)(t, at, at + MS_ATTN_AHEAD) + e;
     for (uint32_t n = 0; n < end - at; ++n) {
       f32x16 x[8];
       MS_UNROLL for (uint32_t v = 0; v < nv; ++v) {
