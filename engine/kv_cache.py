@@ -82,7 +82,7 @@ class PagedKVCache:
         """Copies of a group's blocks, per layer. No step may be in flight."""
         return {layer: tuple(plane[blocks] for plane in self._views[layer]) for layer in self.groups[group].layers}  # type: ignore[misc]
 
-    def write_blocks(self, group: int, blocks: list[int], layers: dict[object, LayerBlocks]) -> None:
+    def write_blocks(self, blocks: list[int], layers: dict[object, LayerBlocks]) -> None:
         """What `read_blocks` gave, into these blocks."""
         for layer, arrays in layers.items():
             for plane, array in zip(self._views[layer], arrays, strict=True):

@@ -6,7 +6,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from metalstep.capture import CapturedModel
+from metalstep.capture import CapturedModel, CaptureError
 from metalstep.capture.graph import Graph
 from metalstep.capture.passes.kinds import row_size
 from metalstep.checkpoint import Checkpoint
@@ -72,7 +72,7 @@ class NativeModel:
                 seqs=MAX_SEQS,
                 steps=MAX_STEPS,
                 top=MAX_TOP,
-                groups=max(1, len(self.cache.groups)),
+                groups=len(self.cache.groups),
                 block_size=BLOCK_SIZE,
                 context=self.max_context,
                 vocab_size=self.vocab_size,
@@ -85,12 +85,15 @@ class NativeModel:
     def _make_cache(self, max_context: int | None, kv_memory: int | float | str | None, kv_dtype: str) -> PagedKVCache:
         if kv_dtype not in DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {sorted(DTYPES)}")
-        if max_context is not None and not (isinstance(max_context, int) and 1 <= max_context < 2**31):
+        if max_context is not None and (isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 <= max_context < 2**31):
             raise ValueError(f"max_context is {max_context!r}, expected an integer number of tokens from 1")
-        limit = self.model_context or max_context or DEFAULT_CONTEXT
-        context = min(max_context or limit, limit)
+        context = max_context or self.model_context or DEFAULT_CONTEXT
+        if self.model_context and context > self.model_context:
+            raise ValueError(f"max_context is {max_context}, expected at most the model's own limit of {self.model_context} tokens")
         budget = memory_size("kv_memory", KV_MEMORY if kv_memory is None else kv_memory)
         groups = cache_groups(self._graph)
+        if not groups:
+            raise CaptureError("a model without attention layers, whose state is not a KV cache")
         capacity = cache_capacity(
             groups, kv_dtype, budget=budget, context=context, max_seqs=MAX_SEQS, chunk=PREFILL_ROWS
         )
@@ -120,7 +123,7 @@ class NativeModel:
                 self._plans[key] = Plan(self.device, lowered, self.arrays, sizes)
             return self._plans[key]
 
-    def plan_for(self, rows: int, results: int) -> Plan:
+    def plan_for(self, rows: int) -> Plan:
         """The smallest of the engine's plans for so many rows."""
         if rows == 1:
             return self.decode_plan
@@ -128,8 +131,8 @@ class NativeModel:
 
     def warmup(self) -> None:
         """Make the plans that generation uses, so that the first request does not."""
-        self.plan_for(PREFILL_ROWS, 1)
-        self.plan_for(MAX_SEQS, 1)
+        self.plan_for(PREFILL_ROWS)
+        self.plan_for(MAX_SEQS)
 
     def check_open(self) -> None:
         """Raises: ValueError when the model is closed. For whoever holds the lock, so that it stays open meanwhile."""

@@ -50,7 +50,7 @@ class StepRunner:
             self._continue(schedule)
         else:
             self._load(schedule)
-        plan = self._native.plan_for(schedule.rows, schedule.results)
+        plan = self._native.plan_for(schedule.rows)
         self.steps += 1
         self.held_back = []
         self._loaded = False
@@ -104,7 +104,7 @@ class StepRunner:
     def _restore(self, sequence: Sequence) -> None:
         for group, layers in enumerate(sequence.snapshot):
             count = len(next(iter(layers.values()))[0])  # behind them, blocks for the tokens to come
-            self._native.cache.write_blocks(group, sequence.live(group)[:count], layers)
+            self._native.cache.write_blocks(sequence.live(group)[:count], layers)
 
     def _write_tables(self, sequence: Sequence) -> None:
         for group, table in enumerate(sequence.tables):

@@ -31,7 +31,7 @@ def bench_launches(
     if prefill:
         batch, context = 1, 0
     requests = [Request(prompt, SamplingParams(seed=0)) for prompt in prompts.take(batch, prefill or context)]
-    plan = native.plan_for(prefill or batch, batch)
+    plan = native.plan_for(prefill or batch)
 
     def profile() -> list[list[int]]:
         step = native.arrays.step

@@ -23,7 +23,6 @@ class Plan:
         self.arrays = arrays
         self.launches = lowered.launches
         self.arena_bytes = lowered.arena.nbytes
-        self.runs = 0
         launches = [entry.launch for entry in lowered.launches]
         places = [lowered.logits]  # in the arena, where another step's values may overlap them
         if sizes.tokens == 1:
@@ -61,7 +60,6 @@ class Plan:
     def replay(self, steps: int = 1) -> None:
         """`steps` steps on what the arrays hold already, in one native call; more than one when MSStep.advance is set."""
         self.arrays.rewind()
-        self.runs += 1
         native = self._native[self._ring.advance()]
         native.wait(native.run(steps))
 

@@ -16,7 +16,7 @@ WATERMARK_DIVISOR = 100  # of a group's blocks, the part that an admission leave
 
 
 class Scheduler:
-    """First come, first served. One user at a time: the caller holds a lock.
+    """First come, first served. For one thread at a time: the caller sees to that.
 
     A turn is `schedule`, the step, the sampled tokens appended to `Sequence.tokens`, `advance`; then `finish` for those that ended.
     A preempted sequence drops its blocks and computes its tokens again when it is its turn.
@@ -367,7 +367,7 @@ class Scheduler:
                 return False
         elif computed == 0 and not _wants_prompt(sequence):
             sequence.num_cached = blocks.attach_prefix(sequence)
-        tokens = max(len(sequence.tokens), min(len(sequence.tokens) + 1, sequence.max_tokens_total))
+        tokens = max(len(sequence.tokens), min(len(sequence.tokens) + 1, sequence.max_tokens_total - 1))
         fits = alone or self._leaves_watermark(blocks.blocks_needed(sequence, tokens))
         if fits and blocks.reserve(sequence, tokens):
             return True
@@ -446,13 +446,17 @@ def _chunk(sequence: Sequence, rows: int, results: int) -> tuple[int, int]:
 
 def _entry(sequence: Sequence, count: int, wanted: int) -> Entry:
     first = sequence.computed
-    limit = min(sequence.max_tokens_total, sequence.room)
-    return Entry(sequence, first, count, wanted, first + count == len(sequence.tokens), limit)
+    return Entry(sequence, first, count, wanted, first + count == len(sequence.tokens), _limit(sequence))
+
+
+def _limit(sequence: Sequence) -> int:
+    """The position below which it may write: its last token needs no place."""
+    return min(sequence.max_tokens_total - 1, sequence.room)
 
 
 def _refresh(entry: Entry) -> Sequence:
     """Take note of a sequence's changed tables."""
     sequence = entry.sequence
-    entry.limit = min(sequence.max_tokens_total, sequence.room)
+    entry.limit = _limit(sequence)
     sequence.changed = False
     return sequence

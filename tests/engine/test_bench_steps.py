@@ -60,7 +60,7 @@ def prompts(smollm2):
 def test_a_profile_covers_each_launch_of_its_plan(smollm2, prompts, options, rows):
     model, _ = smollm2
     result = bench_launches(model, prompts, context=20, steps=2, **options)
-    assert sum(row["count"] for row in result["rows"]) == len(model.native.plan_for(rows, 1).launches)
+    assert sum(row["count"] for row in result["rows"]) == len(model.native.plan_for(rows).launches)
     assert result["total_us"] == pytest.approx(sum(row["us"] for row in result["rows"]))
     assert any(row["kernel"] == "attention" and row["us"] > 0 for row in result["rows"])
 
@@ -72,7 +72,7 @@ def test_host_time_is_a_part_of_the_step(smollm2, prompts, batch):
     assert result["batch"] == batch
     assert 0 < result["host_share"] < 1
     assert 0 < result["host_us"] < result["step_us"]
-    assert not any("run" in vars(native) for native in model.native.plan_for(batch, batch)._native)
+    assert not any("run" in vars(native) for native in model.native.plan_for(batch)._native)
 
 
 def test_each_set_of_sampling_parameters_is_measured(smollm2):

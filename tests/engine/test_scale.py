@@ -37,3 +37,14 @@ def test_two_hundred_and_fifty_six_queued_requests(family):
     assert max(rows for rows, _ in calls) > 64
     assert stats.free_blocks == stats.total_blocks and stats.running == stats.waiting == 0
     assert stats.preemptions > 0
+
+
+def test_a_prompt_as_long_as_the_context_beside_another_request(family):
+    """512 tokens fill the block tables to the last entry; the token behind them needs no place."""
+    engine, vocab_size = family[0].engine, family[0].native.vocab_size
+    (short,) = requests(1, vocab_size, longest=9, seed=8, tokens=(20, 20))
+    full = replace(short, prompt=[3 + i % (vocab_size - 3) for i in range(512)], max_tokens=None, decode_steps=8)
+    lone = alone(engine, [short, full])
+    assert len(lone[1]) == 1 and lone[1][0][4] == "length"
+    with watched(engine):
+        assert answers(engine, [replace(short, decode_steps=8), full]) == lone

@@ -177,7 +177,7 @@ def test_several_steps_only_for_decodes_alone_and_up_to_the_last_token():
     assert turn(scheduler).steps == 1
     schedule = turn(scheduler)
     assert schedule.steps == 8
-    assert [entry.limit for entry in schedule.entries] == [12, 8]
+    assert [entry.limit for entry in schedule.entries] == [12, 7]  # the last token needs no place
     scheduler.finish(b)
     assert turn(scheduler).steps == 3
     assert len(a.tokens) == 15
@@ -209,7 +209,7 @@ def test_short_of_blocks_steps_shrink_before_anyone_is_preempted():
     turn(scheduler)
     schedule = turn(scheduler)
     assert schedule.steps == 4 and not schedule.preempted
-    assert [entry.limit for entry in schedule.entries] == [12, 8]
+    assert [entry.limit for entry in schedule.entries] == [12, 7]
     assert a.state is b.state is State.RUNNING
 
 
