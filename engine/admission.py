@@ -22,17 +22,17 @@ def admit(native: NativeModel, request: Request, *, collect: bool = False) -> tu
 
     Raises: ValueError naming what does not fit.
     """
+    if not isinstance(request.sampling, SamplingParams):
+        raise ValueError(f"sampling is {shown(request.sampling)}, expected SamplingParams")
     ids = _ids("prompt", request.prompt, native.vocab_size)
-    if not ids and request.embeddings is not None:
-        ids = [-1] * len(request.embeddings)  # no token ids stand behind them
+    if not ids and np.ndim(request.embeddings) == 2:
+        ids = [-1] * len(request.embeddings)  # type: ignore[arg-type]  # no token ids stand behind them
         if request.sampling.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs needs the prompt's token ids; pass them with input_embeddings")
     if not ids:
         raise ValueError("the prompt is empty; expected at least one token")
     stops = frozenset(_ids("stop_token_ids", request.stop_token_ids, native.vocab_size))
-    if not isinstance(request.sampling, SamplingParams):
-        raise ValueError(f"sampling is {shown(request.sampling)}, expected SamplingParams")
-    counts = {
+    counts: dict[str, Any] = {
         name: _count(name, getattr(request, name), low, high)
         for name, low, high in (
             ("max_tokens", 0 if collect else 1, 2**31 - 1),
@@ -120,10 +120,10 @@ def _check_picking(request: Request) -> None:
     if not request.hand_out_logits:
         return
     if grammar is not None:
-        raise ValueError("grammar and hand_out_logits both say how to pick tokens; pass one of them")
+        raise ValueError("grammar and hand_out_logits (a sampler or processors of the caller's own) both say how to pick; pass one of them")
     plain = SamplingParams(seed=sampling.seed, prompt_logprobs=sampling.prompt_logprobs, processed_logprobs=sampling.processed_logprobs)
     if sampling != plain:
-        raise ValueError("sampling and hand_out_logits both say how to pick tokens; leave the parameters at their defaults")
+        raise ValueError("sampling and hand_out_logits (the caller's own choice) both say how to pick; leave sampling at its defaults")
 
 
 def _held(request: Request) -> tuple[list[int], int | None]:

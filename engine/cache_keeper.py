@@ -144,13 +144,19 @@ class CacheKeeper:
         ]
 
     def truncate(self, cache: PromptCache, tokens: int) -> None:
-        """Keep the first `tokens` tokens. Raises: ValueError when windows have given back what they would see."""
-        self._engine.exclusively(lambda: self._truncate(cache, tokens))
+        """Keep the first `tokens` tokens. Raises: ValueError when windows have given back what they would see, or a request has begun."""
+
+        def cut() -> None:
+            cache.refuse_in_use()  # another thread may have been faster
+            self._truncate(cache, tokens)
+
+        self._engine.exclusively(cut)
 
     def share(self, source: PromptCache, target: PromptCache) -> None:
         """`target`, an empty one, has what `source` has."""
 
         def fork() -> None:
+            source.refuse_in_use()
             target.spilled = source.spilled
             if source.held.computed:
                 target.held.window, target.held.keep = source.held.window, source.held.keep

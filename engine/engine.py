@@ -88,8 +88,10 @@ class Engine:
         pick and progress: see Stream. With a prompt cache it waits for the step in progress.
         Raises: ValueError for what cannot be run: token ids, lengths, parameters.
         """
-        if request.hand_out_logits != (pick is not None):
-            raise ValueError("a request that hands out logits and `pick`, which chooses from them, go together")
+        if request.hand_out_logits is not (pick is not None):
+            raise ValueError(
+                f"hand_out_logits is {request.hand_out_logits!r:.80} and pick {pick!r:.80}; expected True and a callable, or False and None"
+            )
         for name, function in (("pick", pick), ("progress", progress)):
             if function is not None and not callable(function):
                 raise ValueError(f"{name} is {function!r:.80}, expected a callable; see Stream")
@@ -246,6 +248,8 @@ class Engine:
     def _run(self) -> bool:
         schedule = self._scheduler.schedule()
         self._preemptions += len(schedule.preempted)
+        if schedule.preempted:
+            self.caches.spill()  # a cache that nobody uses makes room before the next request has to
         if schedule.failed:
             self._fail(schedule.failed)
         if not schedule.entries:
@@ -263,9 +267,10 @@ class Engine:
         spilled = not all(sequence.lost for sequence in sequences) and self.caches.spill()
         for sequence in sequences:
             if sequence.lost or not spilled:
-                sequence.request.error = RuntimeError(
-                    f"the KV cache has too few free blocks for a sequence of {len(sequence.tokens)} tokens; load with a larger kv_memory"
-                )
+                what = f"the KV cache has too few free blocks for a sequence of {len(sequence.tokens)} tokens; load with a larger kv_memory"
+                if sequence.lost:
+                    what = "an interrupt lost the keys and values of a prompt cache whose tokens are not known; load the cache again"
+                sequence.request.error = RuntimeError(what)
                 self._end(sequence.request)
 
     def _recover(self) -> None:

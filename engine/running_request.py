@@ -24,12 +24,10 @@ class Owner(ref):
     running: RunningRequest
 
     def __new__(cls, stream: Stream, running: RunningRequest, dropped: Callable[[Owner], Any]) -> Owner:
-        owner = super().__new__(cls, stream, dropped)
-        owner.running = running
-        return owner
+        return super().__new__(cls, stream, dropped)
 
     def __init__(self, stream: Stream, running: RunningRequest, dropped: Callable[[Owner], Any]) -> None:
-        super().__init__(stream, dropped)
+        self.running = running
 
 
 class RunningRequest:
@@ -127,7 +125,7 @@ class RunningRequest:
         if grammar is not None:
             try:
                 if self.grammar_moves:  # nobody knows how far it got: once more from the start
-                    grammar.reset()
+                    grammar.reset()  # type: ignore[attr-defined]  # optional
                     for token in tokens[prompt_len:]:
                         grammar.accept(token)
                     self.grammar_moves = False

@@ -106,7 +106,7 @@ class Stream:
             self.close()
             raise
         finish = running.finish_reason(token, place + 1)
-        rank = 1 + int((processed > processed[token]).sum())
+        rank = 1 + int((processed > processed[token]).sum() + (processed[:token] == processed[token]).sum())
         output = TokenOutput(token, logprob, rank, None, finish, Logits(processed))
         running.picked = (place, token)
         return output

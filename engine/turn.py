@@ -1,7 +1,8 @@
 """Whose turn it is: of the threads that share an engine, one at a time runs a step, or something between two steps.
 
-Ctrl-C may interrupt a thread between any two bytecodes. A mutex whose holder is thrown out there stays locked for good, so there is none:
-the turn is one entry of a dict, which single C calls put in and take out, and whoever has waited for long looks whether its thread is still here.
+Ctrl-C may interrupt a thread between any two bytecodes. A mutex whose holder is thrown out there stays locked for good, so there is
+none: the turn is one entry of a dict, which single C calls put in and take out, and whoever has waited for long looks whether the thread
+whose turn it is is still here.
 """
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from types import FrameType, FunctionType
+from types import CodeType, FrameType
 from typing import TypeVar
 
 Result = TypeVar("Result")
@@ -27,7 +28,7 @@ class Turn:
     @property
     def mine(self) -> bool:
         """Whether the calling thread is inside of a turn."""
-        return self._holder.get(None) == threading.get_ident() and _runs(sys._getframe(), Turn._take)
+        return self._holder.get(None) == threading.get_ident() and _runs(sys._getframe(), Turn._take.__code__)
 
     def run(self, body: Callable[[], Result]) -> Result | None:
         """`body()` in a turn; None when it is another thread's.
@@ -72,7 +73,7 @@ class Turn:
     # ---- inner workings -------------------------------------------------------------------------------------------------------
     def _take(self, body: Callable[[], Result]) -> Result | None:
         me, holder = threading.get_ident(), self._holder
-        if holder.get(None) == me and _runs(sys._getframe(1), Turn._take):
+        if holder.get(None) == me and _runs(sys._getframe(1), Turn._take.__code__):
             raise RuntimeError("the engine was called from inside of its own step, by a grammar's function; call it from outside")
         try:
             try:
@@ -101,16 +102,15 @@ class Turn:
         """Forget threads that are no longer here: of two interrupts, the second can take one out of `_take` before it has left its turn."""
         frames = sys._current_frames()
         holder = self._holder.get(None)
-        if holder is not None and not _runs(frames.get(holder), Turn._take) and self._holder.get(None) == holder:
+        if holder is not None and not _runs(frames.get(holder), Turn._take.__code__) and self._holder.get(None) == holder:
             self._holder.pop(None, None)
         for visitor in list(self._visitors):
-            if not _runs(frames.get(visitor), Turn.visit):
+            if not _runs(frames.get(visitor), Turn.visit.__code__):
                 self._visitors.pop(visitor, None)
 
 
-def _runs(frame: FrameType | None, function: FunctionType) -> bool:
-    """Whether `frame` or a caller of it is the function's."""
-    code = function.__code__
+def _runs(frame: FrameType | None, code: CodeType) -> bool:
+    """Whether `frame` or a caller of it runs a function."""
     while frame is not None:
         if frame.f_code is code:
             return True

@@ -125,13 +125,12 @@ def describe_launches(result: dict[str, Any]) -> list[str]:
     lines = [
         f"device {result['device']}",
         "",
-        f"{'count':>6} {'kernel':12} {'µs':>8} {'share':>6} {'GB/s':>6}  what it computes",
+        f"{'count':>6} {'kernel':12} {'µs':>8} {'share':>6} {'GB/s':>6} {'GMAC/s':>6}  what it computes",
     ]
     for row in sorted(result["rows"], key=lambda row: -row["us"]):
         share = row["us"] / result["total_us"] if result["total_us"] else 0.0
-        lines.append(
-            f"{row['count']:6} {row['kernel']:12} {row['us']:8.1f} {share:6.1%} {row['gb_s']:6.1f}  {row['ops']}"
-        )
+        rates = f"{row['gb_s']:6.1f} {row['gmac_s']:6.1f}"
+        lines.append(f"{row['count']:6} {row['kernel']:12} {row['us']:8.1f} {share:6.1%} {rates}  {row['ops']}")
     lines.append(f"{'':19} {result['total_us']:8.1f}")
     if step := result.get("generation"):
         what = "a token" if step["batch"] == 1 else f"a step of {step['batch']} sequences"

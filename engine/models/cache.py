@@ -149,6 +149,10 @@ class PromptCache(list):
     def check_idle(self) -> None:
         """Raises: ValueError while a request uses it."""
         self.settle()
+        self.refuse_in_use()
+
+    def refuse_in_use(self) -> None:
+        """Raises: ValueError while a request uses it, as far as the engine knows."""
         if self.in_use:
             raise ValueError("the prompt cache is in use by a request that has not ended; end it, or pass a copy (copy.deepcopy)")
 

@@ -26,12 +26,18 @@ FLOAT = 4  # bytes of an arena element
 
 @dataclass
 class LoweredLaunch:
-    """A launch, what it touches, and what `explain` says of it. ops: the primitives it replaces."""
+    """A launch, what it touches, and what `explain` and `bench launches` say of it.
+
+    ops: the primitives it replaces. Of a linear, rows: those of the step that it runs on, "tokens" or "sampled"; weight_elements: of
+    the weights that it multiplies each row by, without padding.
+    """
 
     launch: Launch
     access: Access
     ops: list[str]
+    rows: str = "tokens"
     weight_bytes: int = 0
+    weight_elements: int = 0
 
 
 @dataclass
@@ -227,8 +233,15 @@ class _Lowering:
         (launch,) = linear.launches(
             x, segments, self.step, slots.buffers, self._rows_code(rows), self.sizes.of(rows), self.arithmetic
         )
-        weight_bytes = sum(w.buffer.nbytes for segment in segments for w in segment.weights)
-        return LoweredLaunch(launch, Access(slots.reads, slots.writes), _names(node.attrs["body"]), weight_bytes)
+        multiplied = [weight for segment in segments for weight in segment.weights]
+        return LoweredLaunch(
+            launch,
+            Access(slots.reads, slots.writes),
+            _names(node.attrs["body"]),
+            rows,
+            weight_bytes=sum(weight.buffer.nbytes for weight in multiplied),
+            weight_elements=sum(weight.n * weight.k for weight in multiplied),
+        )
 
     def _attention(self, node: Node) -> LoweredLaunch:
         given, attrs, out = named_inputs(node), node.attrs, node.outputs[0]

@@ -4,8 +4,8 @@ from __future__ import annotations
 import numpy as np
 
 from metalstep.kernels import params
-from metalstep.plan.step_arrays import MASK_ROWS, SAMPLING, SLOT_BIASES, Records, StepArrays
-from metalstep.sampling import SamplingParams
+from metalstep.plan.step_arrays import MASK_ROWS, SAMPLING, Records, StepArrays
+from metalstep.sampling import MAX_TOKEN_ENTRIES, SamplingParams
 
 
 class RequestSlots:
@@ -30,7 +30,7 @@ class RequestSlots:
         if sampling.has_penalty:
             flags |= params.MS_SAMPLE_COMMIT
             self._count(slot, tokens, num_prompt)
-        at = slot * SLOT_BIASES
+        at = slot * MAX_TOKEN_ENTRIES
         ranges = {}
         for name, entries in (
             ("bias", dict(sampling.logit_bias or {})),

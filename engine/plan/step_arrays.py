@@ -13,6 +13,7 @@ from metalstep.kernels.launch import Buffer
 from metalstep.kernels.native import NativeDevice
 from metalstep.kernels.step import StepBuffers
 from metalstep.plan.memory import ALIGN
+from metalstep.sampling import MAX_TOKEN_ENTRIES
 
 STEP = params.record("MSStep")
 SEQUENCE = params.record("MSSequence")
@@ -21,7 +22,6 @@ SAMPLED = params.record("MSSampled")
 TOP = params.record("MSTopLogprob")
 BIAS = params.record("MSTokenBias")
 Records = Any  # an array of records: numpy's stubs know no field names
-SLOT_BIASES = 1024  # entries of the bias table that a request may use
 MASK_ROWS = 2  # per slot: the request's own, then its grammar's
 
 
@@ -93,7 +93,7 @@ class StepArrays:
             "sampling": ((sizes.results,), SAMPLING),
             "sampled": ((sizes.steps, sizes.results), SAMPLED),
             "top": ((sizes.steps, sizes.results, sizes.top), TOP),
-            "biases": ((sizes.seqs * SLOT_BIASES,), BIAS),
+            "biases": ((sizes.seqs * MAX_TOKEN_ENTRIES,), BIAS),
             "masks": ((sizes.seqs * MASK_ROWS, sizes.mask_words), np.dtype(np.uint32)),
             "history": ((sizes.seqs, sizes.history_stride), int32),
             "counts": ((sizes.seqs, sizes.vocab_size), np.dtype(np.uint32)),

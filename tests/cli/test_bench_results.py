@@ -135,9 +135,11 @@ def test_prefill_results_as_lines():
 
 
 def test_launch_results_as_lines():
-    rows = [{"kernel": "linear", "ops": "linear", "count": 3, "us": 30.0, "weight_bytes": 3000, "gb_s": 0.1}]
+    rates = {"weight_bytes": 3000, "gb_s": 0.1, "macs": 6_000_000, "gmac_s": 200.0}
+    rows = [{"kernel": "linear", "ops": "linear", "count": 3, "us": 30.0, **rates}]
     lines = describe_launches({"device": "host", "rows": rows, "total_us": 30.0})
-    assert "100.0%" in lines[3]
+    assert lines[2].split() == ["count", "kernel", "µs", "share", "GB/s", "GMAC/s", "what", "it", "computes"]
+    assert lines[3].split() == ["3", "linear", "30.0", "100.0%", "0.1", "200.0", "linear"]
     step = {"batch": 32, "step_us": 30000.0, "host_us": 300.0, "host_share": 0.01}
     lines = describe_launches({"device": "host", "rows": rows, "total_us": 30.0, "generation": step})
     assert lines[-1].startswith("a step of 32 sequences at a short context: 30000 µs, of which 300 µs (1.0%) outside")

@@ -1,6 +1,7 @@
 """Tiny engines for tests of what an engine does, and requests of every kind that has a path of its own through it."""
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -83,6 +84,7 @@ def one_step_at_a_time(request: Request) -> Request:
 
 def check(model: metalstep.Model, held: int = 0) -> None:
     """Nothing runs, nothing is lost, and `held` blocks of the first group are prompt caches'."""
+    gc.collect()  # exceptions, and the frames in their tracebacks, name each other
     engine = model.engine
     stats = engine.stats()
     assert stats.running == stats.waiting == 0

@@ -263,9 +263,31 @@ def test_bad_arguments_are_refused_before_anything_runs(tiny, prompts, options, 
 def test_other_arguments_are_refused_by_name(tiny):
     with pytest.raises(TypeError, match="batch_generate got an unexpected argument 'colour'"):
         batch_generate(*tiny, [[1]], colour="red")
+    with pytest.raises(NotImplementedError, match=r"draft_model: .*; leave it out, or .* decode_steps of batch_generate and Request"):
+        batch_generate(*tiny, [[1]], draft_model=tiny[0])
     for name in ("draft_model", "kv_bits", "stream"):
         with pytest.raises(NotImplementedError, match=name):
             batch_generate(*tiny, [[1]], **{name: 4})
+
+
+@pytest.mark.parametrize("steps", [1, 8])
+def test_logprobs_that_were_asked_for_are_handed_out(tiny, steps):
+    prompts, asked = PROMPTS[2:5], [dict(logprobs=3, prompt_logprobs=2), dict(), dict(logprobs=1)]
+    sampling = [SamplingParams(seed=1, processed_logprobs=True, **fields) for fields in asked]
+    got = batch(tiny, prompts, max_tokens=6, sampling=sampling, decode_steps=steps)
+    for i, fields in enumerate(asked):
+        responses = list(stream_generate(*tiny, prompts[i], max_tokens=6, **fields))
+        want = [r.top_logprobs for r in responses][: len(got.token_ids[i])] if "logprobs" in fields else None
+        assert got.top_logprobs[i] == want
+        assert got.prompt_logprobs[i] == responses[0].prompt_logprobs
+        if want is not None:
+            assert [len(top) for top in want] == [fields["logprobs"]] * len(got.token_ids[i])
+            assert [top[0] for top in want] == list(zip(got.token_ids[i], got.logprobs[i], strict=True))  # greedy: the most likely
+    assert [p and len(p) for p in got.prompt_logprobs] == [len(prompts[0]), None, None]
+    plain = batch(tiny, prompts, max_tokens=6)
+    assert plain.top_logprobs is None and plain.prompt_logprobs is None
+    one = batch(tiny, prompts, max_tokens=6, logprobs=3, prompt_logprobs=0)
+    assert one.top_logprobs[0] == got.top_logprobs[0] and one.prompt_logprobs[2][0] is None
 
 
 # ---- prompts that fail ---------------------------------------------------------------------------------------------------------

@@ -65,6 +65,22 @@ def test_a_profile_covers_each_launch_of_its_plan(smollm2, prompts, options, row
     assert any(row["kernel"] == "attention" and row["us"] > 0 for row in result["rows"])
 
 
+def test_a_profile_counts_what_each_row_is_multiplied_by(smollm2, prompts):
+    """In proportion to the rows, but that of a prompt only the last row goes on behind the last layer's attention."""
+    model, _ = smollm2
+    one, three, prompt = (
+        sum(row["macs"] for row in bench_launches(model, prompts, context=20, steps=1, **options)["rows"])
+        for options in ({"batch": 1}, {"batch": 3}, {"prefill": 40})
+    )
+    c = model.args
+    head_dim = c.hidden_size // c.num_attention_heads
+    qkv = c.hidden_size * (c.num_attention_heads + 2 * c.num_key_value_heads) * head_dim
+    behind = c.hidden_size * (c.hidden_size + 3 * c.intermediate_size)
+    end = behind + c.vocab_size * c.hidden_size
+    before = c.num_hidden_layers * qkv + (c.num_hidden_layers - 1) * behind
+    assert (one, three, prompt) == (before + end, 3 * (before + end), 40 * before + end)
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 def test_host_time_is_a_part_of_the_step(smollm2, prompts, batch):
     model, tokenizer = smollm2

@@ -92,3 +92,47 @@ def test_eager_and_native_agree(llama):
     with eager, native:
         want, got = np.array(eager(ids)), np.array(native(ids))
     assert (np.abs(got - want).max(-1) / np.ptp(want, axis=-1)).max() <= 1e-3
+
+
+@pytest.fixture(scope="module")
+def eager(llama):
+    model, tokenizer = metalstep.load(llama, device="eager")
+    with model:
+        yield model, tokenizer
+
+
+def own_sampler(logprobs):
+    return mx.argmax(logprobs, axis=-1)
+
+
+def test_prompt_logprobs_are_refused_by_name(eager):
+    for options in ({}, {"sampler": own_sampler}, {"logits_processors": [lambda tokens, logits: logits]}):
+        with pytest.raises(NotImplementedError, match="prompt_logprobs: a model that runs eagerly"):
+            metalstep.generate(*eager, [3, 1], max_tokens=2, prompt_logprobs=2, **options)
+        with pytest.raises(NotImplementedError, match="prompt_logprobs: a model that runs eagerly"):
+            metalstep.batch_generate(*eager, [[3, 1], [4]], max_tokens=2, prompt_logprobs=2, **options)
+
+
+def test_a_callers_sampler_is_checked_for_each_row_of_a_batch(eager):
+    prompts = [[3, 1, 4], [1, 5], [9, 2, 6]]
+    want = metalstep.batch_generate(*eager, prompts, max_tokens=4, return_token_ids=True)
+    got = metalstep.batch_generate(*eager, prompts, max_tokens=4, return_token_ids=True, sampler=own_sampler)
+    assert got.token_ids == want.token_ids
+    for bad in (BASE["vocab_size"], -1, 2**40):
+        with pytest.raises(ValueError, match=r"the sampler returned .*, expected 3 token ids from 0"):
+            metalstep.batch_generate(*eager, prompts, max_tokens=4, sampler=lambda x, bad=bad: np.array([1, 2, bad][: len(x)]))
+    with pytest.raises(ValueError, match=r"the sampler returned .*, expected 3 token ids from 0"):
+        metalstep.batch_generate(*eager, prompts, max_tokens=4, sampler=lambda x: mx.array([1]))
+
+
+def test_greedy_leaves_mlxs_random_state_and_a_seed_sets_it(eager):
+    def draw_after(**options):
+        mx.random.seed(77)
+        metalstep.generate(*eager, [3, 1, 4], max_tokens=3, **options)
+        metalstep.batch_generate(*eager, [[3, 1, 4]], max_tokens=3, **options)
+        return mx.random.uniform(shape=(4,)).tolist()
+
+    mx.random.seed(77)
+    untouched = mx.random.uniform(shape=(4,)).tolist()
+    assert draw_after() == draw_after(seed=5) == draw_after(repetition_penalty=1.3) == untouched
+    assert draw_after(temp=1.0, seed=5) == draw_after(temp=1.0, seed=5) != untouched

@@ -2,66 +2,30 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import random
 import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Collection
 from pathlib import Path
-from types import CodeType
 
 import pytest
 from engines import TEXT, check, kinds, load, row, rows
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from interrupt_at import InterruptAt
 
-import metalstep
 from metalstep import Request, SamplingParams
+from metalstep.grammar import ChoiceGrammar
 from metalstep.models.cache import make_prompt_cache
 
 COUNT = 12  # tokens of a request
 EXPLORE = settings(max_examples=40, phases=(Phase.explicit, Phase.generate))  # an example takes a tenth of a second
-PACKAGE = tuple({str(Path(metalstep.__file__).parent), str(Path(metalstep.__file__).resolve().parent)})
-
-
-class InterruptAt:
-    """Raises KeyboardInterrupt right before the n-th bytecodes that the thread runs in metalstep's own modules, for every n of `points`.
-
-    Signals arrive at fewer places: between some bytecodes the interpreter never looks.
-    """
-
-    def __init__(self, points: Collection[int] = ()):
-        self.points = frozenset(points)
-        self.count = 0
-        self.places: dict[tuple[CodeType, int], list[int]] = {}  # when each bytecode ran
-
-    def __enter__(self) -> InterruptAt:
-        self._before = sys.gettrace()
-        sys.settrace(self._trace)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.settrace(self._before)
-
-    def _trace(self, frame, event, argument):
-        if event == "call":
-            if not frame.f_code.co_filename.startswith(PACKAGE):
-                return None
-            frame.f_trace_opcodes, frame.f_trace_lines = True, False
-        elif event == "opcode":
-            self.count += 1
-            if not self.points:
-                self.places.setdefault((frame.f_code, frame.f_lasti), []).append(self.count)
-            elif self.count in self.points:
-                raise KeyboardInterrupt
-        return self._trace
 
 
 def run_all(model, interrupts):
-    """Requests of every kind, a token of each in turn, up to an interrupt. Returns streams, what they gave, and which one was interrupted."""
+    """Requests of every kind, a token of each in turn, up to an interrupt. Returns streams, what they gave, and which one it fell into."""
     starts = kinds(model, COUNT)
     streams, got, at = [None] * len(starts), [[] for _ in starts], 0
     try:
@@ -164,7 +128,51 @@ def test_a_prompt_cache_goes_on_behind_an_interrupt(family, place, max_kv_size):
     held, answer = talk(InterruptAt([1 + int(place * counting.count)]))
     whole = Request(held + TEXT[3:23], SamplingParams(seed=5, temperature=0.9), COUNT // 2, max_kv_size=max_kv_size)
     assert answer == rows(engine.submit(whole))
-    gc.collect()
+    check(model)
+
+
+class Pressed(ChoiceGrammar):
+    """Ctrl-C comes while it takes in a token, before or after it has."""
+
+    def __init__(self, at, after):
+        super().__init__([TEXT[:9]])
+        self.left, self.after = at, after
+
+    def accept(self, token):
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise KeyboardInterrupt
+        super().accept(token)
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+class Forgetful:
+    """A grammar that cannot go back to its start."""
+
+    def __init__(self, grammar):
+        self.fill_bitmask, self.accept = grammar.fill_bitmask, grammar.accept
+        self.is_terminated = False
+
+
+@pytest.mark.parametrize("after", [True, False])
+@pytest.mark.parametrize("at", [1, 4, 9])
+def test_an_interrupt_in_a_grammar_ends_its_request_only_if_it_cannot_start_again(family, at, after):
+    model, expected, _ = family
+    for wrapped in (False, True):
+        grammar = Pressed(at, after)
+        stream = model.engine.submit(Request(TEXT[:5], max_tokens=20, grammar=Forgetful(grammar) if wrapped else grammar))
+        driving, other = kinds(model, COUNT)[:2]
+        waiting, interrupted = other(model.engine, None), driving(model.engine, None)
+        with pytest.raises(KeyboardInterrupt):
+            rows(interrupted)
+        assert rows(waiting) == expected[1]
+        if wrapped:
+            with pytest.raises(RuntimeError, match="give it a method `reset`, or send the request again"):
+                rows(stream)
+        else:
+            assert [token for token, *_ in rows(stream)] == TEXT[:9]
+    stream = waiting = interrupted = None
     check(model)
 
 
@@ -189,7 +197,8 @@ SIGNALS = """
             time.sleep(draw.uniform(0.001, 0.03))
             os.kill(os.getpid(), signal.SIGINT)
 
-    threads = [threading.Thread(target=others, args=(i,), daemon=True) for i in range(len(starts))] + [threading.Thread(target=press, daemon=True)]
+    threads = [threading.Thread(target=others, args=(i,), daemon=True) for i in range(len(starts))]
+    threads.append(threading.Thread(target=press, daemon=True))
     interrupted = 0
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for thread in threads:
@@ -289,7 +298,9 @@ FORKS = """
 """
 
 
-@pytest.mark.parametrize(("script", "said"), [(SIGNALS, "others are whole"), (FORKS, "parent and children are whole")], ids=["sigint", "fork"])
+@pytest.mark.parametrize(
+    ("script", "said"), [(SIGNALS, "others are whole"), (FORKS, "parent and children are whole")], ids=["sigint", "fork"]
+)
 def test_in_a_process_of_its_own(tmp_path, script, said):
     here = Path(__file__).parent
     paths = [str(here), str(here.parent / "capture")]

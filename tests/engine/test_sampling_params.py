@@ -66,7 +66,6 @@ def test_what_is_in_range_is_kept(fields):
 @given(fields=valid)
 def test_properties_say_what_the_step_has_to_do(fields):
     params = SamplingParams(**fields)
-    assert params.is_greedy == (fields.get("temperature", 0) == 0)
     penalties = fields.get("repetition_penalty", 1) != 1 or fields.get("presence_penalty", 0) or fields.get("frequency_penalty", 0)
     assert params.has_penalty == bool(penalties)
     changes = penalties or fields.get("logit_bias") or fields.get("banned_token_ids") or fields.get("min_tokens")

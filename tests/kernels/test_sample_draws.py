@@ -1,4 +1,6 @@
 """sample: how often tokens are drawn, against the reference's probabilities. Seeds are fixed: each test gives the same counts always."""
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -19,17 +21,23 @@ def interpreted_filters():
     mx.enable_compile()
 
 
-def assert_frequencies(tokens, probabilities):
+def fits(tokens, probabilities):
     """Chi-square below what one in a million exceeds (4.75 standard deviations, Wilson-Hilferty); bins of about 8 or more."""
     counts = np.bincount(tokens, minlength=len(probabilities))
+    if counts[probabilities == 0].any():
+        return False
     expected = probabilities * len(tokens)
-    assert (counts[probabilities == 0] == 0).all()
     order = np.argsort(expected, kind="stable")
     bins = np.unique(np.floor(np.cumsum(expected[order]) / 8).astype(int), return_inverse=True)[1]
     observed, expected = (np.bincount(bins, weights=a[order]) for a in (counts, expected))
     keep = expected > 0
     chi, free = ((observed - expected)[keep] ** 2 / expected[keep]).sum(), max(keep.sum() - 1, 1)
-    assert chi <= free * (1 - 2 / (9 * free) + 4.75 * np.sqrt(2 / (9 * free))) ** 3
+    return chi <= free * (1 - 2 / (9 * free) + 4.75 * np.sqrt(2 / (9 * free))) ** 3
+
+
+def assert_frequencies(tokens, probabilities):
+    assert (np.bincount(tokens, minlength=len(probabilities))[probabilities == 0] == 0).all()
+    assert fits(tokens, probabilities)
 
 
 OFF: dict = dict()
@@ -118,6 +126,57 @@ def test_large_vocabularies_with_ties_are_drawn_from_as_they_are_filtered(by_thr
     p = Parameters(temperature=0.8, temperature_first=first, **options)
     tokens = draw_many(by_threads[2], logits, p, 3200, seed=3)
     assert_frequencies(tokens, sample.probabilities(logits.astype(np.float64), p))
+
+
+# Filters, and those of them that change nothing: each keeps the most likely tokens, so the strictest hides the others.
+ALL_FILTERS = [
+    (dict(top_p=0.7, min_p=0.01, min_keep=40, top_k=12), {"min_p", "min_keep"}),
+    (dict(top_p=0.9, min_p=0.6, min_keep=24, top_k=18), {"top_p", "top_k"}),
+]
+WINDOWS = dict(repetition_window=24, presence_window=12, frequency_window=30)
+BY_COUNTS = dict(prompt={}, output={}, counted=38)
+WRONG = dict(
+    temperature=1.6, top_p=1.0, min_p=0.0, min_keep=1, top_k=0, xtc_probability=0.15, xtc_threshold=0.1, xtc_special_tokens=(),
+    repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, history=(), bias={}, stop_tokens=(), min_tokens=0, allowed=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["mlx", "vllm"])
+@pytest.mark.parametrize("windows", [{}, WINDOWS], ids=["counts", "windows"])
+@pytest.mark.parametrize(("filters", "hidden"), ALL_FILTERS, ids=["top", "min"])
+def test_everything_at_once_is_drawn_as_the_reference_says(by_threads, filters, hidden, windows, first):
+    """Ties among the likely tokens and half of the vocabulary; a seed gives the same tokens again; no option is without effect.
+
+    Both masks hold tokens back. Each wrong value in turn gives the reference another distribution, which the draws do not fit.
+    """
+    vocab = 100_003
+    rng = np.random.default_rng(vocab)
+    logits = (rng.standard_normal(vocab) * 2).astype(np.float32)
+    logits[rng.random(vocab) < 0.5] = 1.25
+    likely = [int(token) for token in rng.choice(vocab, 60, replace=False)]
+    logits[likely] = np.repeat(np.linspace(12, 9, 20), 3)
+    allowed = rng.random(vocab) < 0.7
+    allowed[likely[:4]], allowed[likely[4]] = True, False
+    p = Parameters(
+        temperature=0.7, temperature_first=first, xtc_probability=0.5, xtc_threshold=0.02,
+        xtc_special_tokens=likely[7:9] + likely[20:22], repetition_penalty=1.06, presence_penalty=0.4, frequency_penalty=0.3,
+        history=likely[4:20] + likely[:12] + likely[6:14], counted=30, prompt=dict.fromkeys(likely[20:24], 1),
+        output={token: 1 + i % 3 for i, token in enumerate(likely[3:18])}, allowed=allowed, min_tokens=10**6,
+        bias={likely[1]: -2.0, likely[30]: 2.5, likely[50]: 2.0, 70_000: 11.0}, stop_tokens=likely[2:3] + likely[16:18],
+        **filters, **windows,
+    )  # fmt: skip
+    draws, seed = 6400, 21
+    tokens = draw_many(by_threads[2], logits, p, draws, seed)
+    np.testing.assert_array_equal(draw_many(by_threads[3], logits, p, draws, seed), tokens)
+    assert (draw_many(by_threads[2], logits, p, 128, seed + 1) != draw_many(by_threads[2], logits, p, 128, seed)).any()
+    alone = draw(by_threads[1], logits[None], [p], seed=seed, counters=101).sampled["token"]
+    assert alone == tokens.reshape(100, 64)[1, 1]  # 64 rows of 100 steps: step 1 of row 1
+
+    assert_frequencies(tokens, sample.reference(logits, p).probabilities)
+    further = dict.fromkeys(windows, 2) if windows else BY_COUNTS
+    for name, value in {**WRONG, **further, "temperature_first": not first}.items():
+        if name not in hidden:
+            assert not fits(tokens, sample.reference(logits, replace(p, **{name: value})).probabilities), f"{name} is without effect"
 
 
 @pytest.mark.parametrize("vocab", [4095, 4096, 4097, 5000])

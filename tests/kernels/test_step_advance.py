@@ -13,29 +13,6 @@ from metalstep.kernels.launch import Launch
 from metalstep.kernels.sample import Parameters
 
 
-def advanced(step, arrays, block_size):
-    """What step_advance leaves of `arrays`, a dict of the step's arrays by their names."""
-    a = {name: array.copy() for name, array in arrays.items()}
-    results = a["sampled"][step["index"]]
-    step["index"] += 1
-    for i, row in enumerate(a["sampled_rows"] if step["advance"] else []):
-        if row >= step["num_tokens"]:
-            continue
-        ok = results["status"][i] == params.MS_SAMPLE_OK
-        if ok:
-            a["tokens"][row] = results["token"][i]
-            a["sampling"]["counter"][i] += 1
-            a["sampling"]["counted"][i] += bool(a["sampling"]["flags"][i] & params.MS_SAMPLE_COMMIT)
-        moves = ok and a["positions"][row] + 1 < a["limits"][i]
-        a["positions"][row] += moves
-        for g in range(len(a["tables"])):
-            block, place = divmod(int(a["positions"][row]), block_size)
-            known = moves and 0 <= a["seq_ids"][row] < step["num_seqs"] and block < step["max_blocks"]
-            number = a["tables"][g, a["seq_ids"][row], block] if known else -1
-            a["slots"][g, row] = number * block_size + place if number >= 0 else -1
-    return a
-
-
 @given(
     seed=st.integers(0, 9999), rows=st.integers(0, 9), groups=st.integers(1, 3), block_size=st.sampled_from([1, 3, 16]),
     advance=st.booleans(), index=st.integers(0, 3), threads=st.integers(1, 3),
@@ -80,7 +57,7 @@ def test_rows_move_to_their_next_position(by_threads, seed, rows, groups, block_
             block_tables=tuple(h.put(table) for table in arrays["tables"]),
         )
         h.run(step_advance.launches(buffers, block_size=block_size, max_rows=max_rows), max(tokens, 1), max_rows)
-        expected = advanced(step[0], arrays, block_size)
+        expected = step_advance.reference(step[0], arrays, block_size)
         assert_same(h.get(buffers.step, STEP, (1,)), step)
         for parts, name in ((buffers.slot_mappings, "slots"), (buffers.block_tables, "tables")):
             assert_same(np.array([h.get(part, np.int32) for part in parts]), expected.pop(name))

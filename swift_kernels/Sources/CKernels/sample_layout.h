@@ -40,7 +40,6 @@ typedef struct {
   float inverse;    // 1 / temperature; 1 where nothing is drawn
   float scale;      // of the distribution that filters see: inverse or 1
   bool draws;       // else it is the most likely token, or the target
-  bool filters;     // a draw among some of the tokens
   bool xtc;         // its coin fell
   bool xtc_first;   // no filter comes before it: it sees all tokens
   bool in_place;    // the processed logits replace the row
