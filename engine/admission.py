@@ -25,8 +25,8 @@ def admit(native: NativeModel, request: Request, *, collect: bool = False) -> tu
     if not isinstance(request.sampling, SamplingParams):
         raise ValueError(f"sampling is {shown(request.sampling)}, expected SamplingParams")
     ids = _ids("prompt", request.prompt, native.vocab_size)
-    if not ids and np.ndim(request.embeddings) == 2:
-        ids = [-1] * len(request.embeddings)  # type: ignore[arg-type]  # no token ids stand behind them
+    if not ids and request.embeddings is not None and np.ndim(request.embeddings) == 2:
+        ids = [-1] * len(request.embeddings)  # no token ids stand behind them
         if request.sampling.prompt_logprobs is not None:
             raise ValueError("prompt_logprobs needs the prompt's token ids; pass them with input_embeddings")
     if not ids:

@@ -28,7 +28,7 @@ from metalstep.grammar import Grammar
 from metalstep.model import Model
 from metalstep.models.cache import PromptCache, make_prompt_cache
 from metalstep.native_model import MAX_SEQS, PREFILL_ROWS
-from metalstep.request import Request, TokenOutput
+from metalstep.request import PromptLogprob, Request, TokenOutput
 from metalstep.sampling import SamplingParams
 from metalstep.stream import Stream
 from metalstep.token_ids import prompt_ids
@@ -54,7 +54,10 @@ class BatchStats:
 class BatchResponse:
     """In the prompts' order. texts; stats; caches, token_ids and logprobs (of the tokens) when asked for, else None.
 
-    errors: None for each prompt that was answered, else what ended it; its text is what came before.
+    errors: with raise_errors=False, None for each prompt that was answered, else what ended it; its text is what came before.
+    top_logprobs: with SamplingParams.logprobs, the most likely tokens with theirs for each token of token_ids. prompt_logprobs: with
+    SamplingParams.prompt_logprobs, one per prompt token, None for the first. Both are None where no prompt asked for them, and have
+    None for a prompt that did not.
     """
 
     texts: list[str]
@@ -63,6 +66,8 @@ class BatchResponse:
     token_ids: list[list[int]] | None = None
     logprobs: list[list[float]] | None = None
     errors: list[Exception | None] | None = None
+    top_logprobs: list[list[list[tuple[int, float]]] | None] | None = None
+    prompt_logprobs: list[list[PromptLogprob | None] | None] | None = None
 
 
 def batch_generate(
@@ -95,7 +100,7 @@ def batch_generate(
     a single prompt in `errors`; the others are answered either way. completion_batch_size: prompts that run at once; prefill_batch_size:
     of those, prompts without a token yet.
     A model that runs eagerly takes mlx-lm's own arguments.
-    Raises: ValueError for bad arguments, before anything runs; RuntimeError for the first prompt that ended with an error.
+    Raises: ValueError for bad arguments, before anything runs; what ended the first of the prompts that failed.
     """
     if isinstance(prompts, str) or not hasattr(prompts, "__len__"):
         raise ValueError(f"prompts is {prompts!r:.80}, expected a list of texts or of lists of token ids")
@@ -223,6 +228,7 @@ def _run(
     engine, count = model.engine, len(requests)
     outputs: list[list[TokenOutput]] = [[] for _ in requests]
     errors: list[Exception | None] = [None] * count
+    of_prompts: list[list[PromptLogprob | None] | None] = [None] * count
     started = time.perf_counter()
     prompt_time = 0.0
     queue = deque(enumerate(zip(requests, picks, strict=True)))
@@ -245,6 +251,7 @@ def _run(
                 except Exception as error:
                     errors[i] = error
                 if stream.finished:
+                    of_prompts[i] = stream.prompt_logprobs
                     del streams[i]
                     _report_progress(verbose, count - len(streams) - len(queue), count)
             if streams and all(not stream.running.has_news for stream in streams.values()):
@@ -260,6 +267,10 @@ def _run(
         raise failed
     stops = set(tokenizer.eos_token_ids)
     ids = [[o.token for o in found if not (o.finish_reason == "stop" and o.token in stops)] for found in outputs]
+    tops = [
+        [o.top or [] for o in found[: len(kept)]] if request.sampling.logprobs else None
+        for request, found, kept in zip(requests, outputs, ids, strict=True)
+    ]
     return BatchResponse(
         [tokenizer.decode(found) for found in ids],
         stats,
@@ -267,6 +278,8 @@ def _run(
         ids if with_ids else None,
         [[o.logprob for o in found[: len(kept)]] for found, kept in zip(outputs, ids, strict=True)] if with_logprobs else None,
         None if raise_errors else errors,
+        tops if any(top is not None for top in tops) else None,
+        of_prompts if any(found is not None for found in of_prompts) else None,
     )
 
 

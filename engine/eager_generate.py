@@ -11,7 +11,7 @@ import numpy as np
 from metalstep.generate_options import Sampler, Sampling
 from metalstep.models.cache import PromptCache
 from metalstep.sampling import SamplingParams
-from metalstep.token_ids import check_tokens, picked_token
+from metalstep.token_ids import check_tokens, picked_tokens
 
 if TYPE_CHECKING:
     from metalstep.model import Model
@@ -43,11 +43,7 @@ def stream_eager(
     vocab_size = model.config.get("vocab_size")
     if vocab_size:  # MLX reads beyond the table
         check_tokens(ids, vocab_size)
-    sampler, processors = sampling.sampler, list(sampling.processors or ())
-    if sampling.is_native:
-        sampler, processors = mlx_sampling(sampling.params)
-    elif sampler is not None and vocab_size:
-        sampler = _checked(sampler, vocab_size)
+    sampler, processors = _callables(sampling, vocab_size)
     _check_cache(others.get("prompt_cache"))
     if others.pop("grammar", None) is not None:
         raise NotImplementedError("grammar: a model that runs eagerly has no grammars; leave it out")
@@ -85,12 +81,11 @@ def batch_eager(
         raise NotImplementedError("max_tokens=-1: a model that runs eagerly needs a limit for a batch; pass one")
     if len({(replace(x.params, seed=0), x.sampler, tuple(x.processors or ())) for x in choices}) > 1:
         raise NotImplementedError("sampler: a model that runs eagerly has one way to pick tokens for all prompts; pass one for all")
-    if vocab_size := model.config.get("vocab_size"):
+    vocab_size = model.config.get("vocab_size")
+    if vocab_size:
         for ids in prompts:
             check_tokens(ids, vocab_size)
-    sampler, processors = (choices[0].sampler, choices[0].processors) if choices else (None, None)
-    if choices and choices[0].is_native:
-        sampler, processors = mlx_sampling(choices[0].params)
+    sampler, processors = _callables(choices[0], vocab_size) if choices else (None, [])
     extra = {name: value for name, value in others.items() if value is not None}
     return mlx_batch_generate(
         model.eager,
@@ -99,13 +94,28 @@ def batch_eager(
         prompt_caches,
         max_tokens=counts,
         sampler=sampler,
-        logits_processors=list(processors or ()) or None,
+        logits_processors=processors or None,
         **extra,
     )
 
 
+def _callables(sampling: Sampling, vocab_size: int | None) -> tuple[Sampler | None, list[Callable]]:
+    """Sampler and processors for mlx-lm's loops. vocab_size: None when the config has none. Raises: NotImplementedError, by name."""
+    if sampling.is_native:
+        return mlx_sampling(sampling.params)
+    if sampling.params.prompt_logprobs is not None:
+        raise NotImplementedError("prompt_logprobs: a model that runs eagerly generates with mlx-lm, which has none; leave it out")
+    sampler = sampling.sampler
+    if sampler is not None and vocab_size:
+        sampler = _checked(sampler, vocab_size)
+    return sampler, list(sampling.processors or ())
+
+
 def mlx_sampling(params: SamplingParams) -> tuple[Sampler, list[Callable]]:
-    """mlx-lm's sampler and processors for `params`; seeds MLX. Raises: NotImplementedError for a field that mlx-lm has not."""
+    """mlx-lm's sampler and processors for `params`; seeds MLX where they draw.
+
+    Raises: NotImplementedError for a field that mlx-lm has not.
+    """
     from metalstep.sample_utils import make_logits_processors, make_sampler
 
     default = SamplingParams(seed=0)
@@ -124,7 +134,8 @@ def mlx_sampling(params: SamplingParams) -> tuple[Sampler, list[Callable]]:
             raise NotImplementedError(f"{name}: a model that runs eagerly samples with mlx-lm, which has no such option; leave it out")
     if params.adjusts_logits and not params.processed_logprobs:
         raise NotImplementedError("processed_logprobs=False: a model that runs eagerly reports logprobs behind biases and penalties")
-    mx.random.seed(params.seed or 0)
+    if params.temperature > 0:  # a greedy one draws nothing, and MLX's state is the caller's
+        mx.random.seed(params.seed or 0)
     sampler = make_sampler(params.temperature, **{name: getattr(params, name) for name in MLX_FIELDS})
     return sampler, list(make_logits_processors(params.logit_bias, **penalties))
 
@@ -138,5 +149,5 @@ def _check_cache(cache: object) -> None:
 
 
 def _checked(sampler: Sampler, vocab_size: int) -> Sampler:
-    """A caller's sampler for mlx-lm's loop, which looks its token up unchecked."""
-    return lambda logprobs: mx.array([picked_token(sampler(logprobs), vocab_size)])
+    """A caller's sampler for mlx-lm's loops, which look its tokens up unchecked: one per row of logprobs [rows, vocab]."""
+    return lambda logprobs: mx.array(picked_tokens(sampler(logprobs), len(logprobs), vocab_size))

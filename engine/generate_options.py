@@ -14,9 +14,13 @@ from metalstep.sampling import SamplingParams
 from metalstep.stream import Picker
 from metalstep.token_ids import picked_token
 
+NO_DRAFTS = (
+    "speculative decoding is not supported; leave it out, or let one native call make several tokens: decode_steps of batch_generate "
+    "and Request"
+)
 REFUSED = {  # mlx-lm arguments without a native form, and what works instead
-    "draft_model": "speculative decoding is not supported; leave it out",
-    "num_draft_tokens": "speculative decoding is not supported; leave it out",
+    "draft_model": NO_DRAFTS,
+    "num_draft_tokens": NO_DRAFTS,
     "kv_bits": "a quantised KV cache is not supported; load(..., kv_dtype='float16') is the smallest",
     "kv_group_size": "a quantised KV cache is not supported; leave it out",
     "quantized_kv_start": "a quantised KV cache is not supported; leave it out",

@@ -133,7 +133,6 @@ class CacheCapacity:
 
     num_blocks: list[int]
     tokens: int
-    nbytes: int
 
 
 def cache_capacity(
@@ -167,4 +166,4 @@ def cache_capacity(
     tokens = min([context, *(n * BLOCK_SIZE for n in whole)])
     if not whole and low < min(need for need in windowed if need is not None):
         tokens = low * BLOCK_SIZE
-    return CacheCapacity(num_blocks, tokens, cost(low, max_seqs))
+    return CacheCapacity(num_blocks, tokens)

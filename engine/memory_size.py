@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import re
+from fractions import Fraction
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 EXPECTED = "expected bytes (2_000_000_000), a size ('2GB', '1.5GiB'), or a fraction of the free memory (0.5)"
@@ -16,7 +17,7 @@ def memory_size(name: str, value: object) -> int:
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([kmgt]i?|)b?\s*", value.lower())
         if match and match[2]:
-            value = int(float(match[1]) * UNITS[match[2]])
+            value = int(Fraction(match[1]) * UNITS[match[2]])
         elif match:
             value = float(match[1]) if "." in match[1] else int(match[1])
     if isinstance(value, float) and 0 < value <= 1:

@@ -145,9 +145,10 @@ def load(
     path_or_hf_repo: "smollm2" (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory or a Hugging Face id of an mlx-lm model.
     device: "host" (native step on the CPU) or "eager" (mlx-lm's own graph); None takes "host". threads: of the host device; None
     takes what the process may use. strict: raise instead of falling back to eager MLX. arithmetic: "int16" (near-exact) or "int8"
-    (faster with many rows, less exact). kv_dtype: float16, bfloat16 or float32. max_context: tokens of the longest sequence; None takes
-    the model's limit. kv_memory: of the KV cache, in bytes, as text ("8GB"), or a fraction of the free memory; None takes half of it, or
-    what 64 sequences of max_context need if that is less; memory is taken when it is first written.
+    (faster with many rows, less exact). kv_dtype: float16, bfloat16 or float32. max_context: tokens of the longest sequence, at most
+    the model's limit; None takes that limit or what fits. kv_memory: of the KV cache, in bytes, as text ("8GB"), or a fraction of the
+    free memory; None takes half of it, or what 64 sequences of max_context need if that is less; memory is taken when it is first
+    written.
     tokenizer_config, model_config: overrides of the files' own, as in mlx-lm. lazy has no effect: weights are packed when loaded.
     Returns: (Model, mlx-lm TokenizerWrapper).
     Raises: CheckpointError for files that cannot be used; CaptureError with strict; ValueError for an option.

@@ -19,12 +19,12 @@ from metalstep.plan.plan import Plan
 from metalstep.plan.request_slots import RequestSlots
 from metalstep.plan.step_arrays import StepArrays, StepSizes
 from metalstep.plan.weights import WeightStore
+from metalstep.sampling import MAX_LOGPROBS
 
 PREFILL_ROWS = 512  # rows of a step
 MAX_SEQS = 64  # sequences that run at once
 MAX_RESULTS = 64  # rows of a step that are sampled, or whose logits are wanted
 MAX_STEPS = 32  # decode steps of one native call
-MAX_TOP = 32  # most likely tokens reported with a sampled one
 DEFAULT_CONTEXT = 4096  # tokens, when neither the model nor the caller says
 KV_MEMORY = 0.5  # of the free memory
 SHAPE_ROWS = Sizes(tokens=7, sampled=5)  # any row counts: a lowered graph's rows are data
@@ -71,7 +71,7 @@ class NativeModel:
                 results=MAX_RESULTS,
                 seqs=MAX_SEQS,
                 steps=MAX_STEPS,
-                top=MAX_TOP,
+                top=MAX_LOGPROBS,
                 groups=len(self.cache.groups),
                 block_size=BLOCK_SIZE,
                 context=self.max_context,

@@ -20,13 +20,13 @@ STREAMED_STEPS = 1  # decode steps of one native call when each token is awaited
 class Request:
     """One sequence to continue.
 
-    prompt: token ids, not empty. sampling: see SamplingParams. max_tokens: to generate; None: up to the context. stop_token_ids: end the
-    text; the token is reported. embeddings: float32 [len(prompt), hidden_size] instead of the prompt's own; with an empty prompt, any
-    number of rows, for which no tokens are known. prompt_cache: continues
-    its sequence and is left with the longer one. max_kv_size: positions that a row sees, the first 4 of them those of the beginning;
-    None: all. grammar: what may come next. hand_out_logits: the caller picks the tokens (Stream.pick). keep_logits: every token comes
-    with its row of logits. decode_steps: tokens that may come at once, up to 32; fewer native calls, later delivery.
-    prefill_rows: prompt tokens of a step, up to 512.
+    prompt: token ids, not empty unless there are embeddings. sampling: see SamplingParams. max_tokens: to generate; None: up to the
+    context. stop_token_ids: end the text; the token is reported. embeddings: float32 [len(prompt), hidden_size] instead of the prompt's
+    own; with an empty prompt, any number of rows, for which no tokens are known. prompt_cache: continues its sequence and is left with
+    the longer one. max_kv_size: positions that a row sees, the first 4 of them those of the beginning; None: all. grammar: what may
+    come next. hand_out_logits: the caller picks the tokens (see Stream). keep_logits: every token comes with its row of logits.
+    decode_steps: tokens that may come at once, up to 32; fewer native calls, later delivery. prefill_rows: prompt tokens of a step, up
+    to 512.
     """
 
     prompt: list[int]

@@ -93,11 +93,6 @@ class SamplingParams:
             put(name, _flag(name, getattr(self, name)))
 
     @property
-    def is_greedy(self) -> bool:
-        """Whether the most likely token is taken: no filter and no seed has an effect."""
-        return self.temperature == 0
-
-    @property
     def has_penalty(self) -> bool:
         """Whether logits depend on the tokens so far."""
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0

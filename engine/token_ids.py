@@ -49,10 +49,16 @@ def check_tokens(tokens: np.ndarray, vocab_size: int) -> None:
 
 def picked_token(choice: Any, vocab_size: int) -> int:
     """What a caller's sampler returned, as a token id. Raises: ValueError for anything but one id of the vocabulary."""
+    return picked_tokens(choice, 1, vocab_size)[0]
+
+
+def picked_tokens(choice: Any, rows: int, vocab_size: int) -> list[int]:
+    """What a caller's sampler returned for `rows` rows of logprobs. Raises: ValueError for anything but one id each."""
     ids = _integers(choice)
-    if ids is None or ids.size != 1 or not 0 <= ids.reshape(-1)[0] < vocab_size:
-        raise ValueError(f"the sampler returned {choice!r}, expected one token id from 0 to {vocab_size - 1}")
-    return int(ids.reshape(-1)[0])
+    if ids is None or ids.size != rows or ((ids < 0) | (ids >= vocab_size)).any():
+        expected = "one token id" if rows == 1 else f"{rows} token ids"
+        raise ValueError(f"the sampler returned {choice!r}, expected {expected} from 0 to {vocab_size - 1}")
+    return ids.reshape(-1).tolist()
 
 
 def check_text(name: str, text: str) -> None:

@@ -69,7 +69,7 @@ def quality(argv: list[str]) -> int:
     text = TEXT if args.text is None else sys.stdin.read() if args.text == "-" else Path(args.text).read_text()
     if not args.json:
         print_head(args.model, f"arithmetic {args.arithmetic}, KV {args.kv_dtype}, against MLX float32")
-    options = {name: getattr(args, name) for name in ("threads", "arithmetic", "kv_dtype", "max_context")}
+    options = {name: getattr(args, name) for name in ("threads", "arithmetic", "kv_dtype", "kv_memory", "max_context")}
     result = bench_quality(args.model, text, max_tokens=args.max_tokens, **options)
     emit(result, args.json, describe_quality)
     return 0

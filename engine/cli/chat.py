@@ -9,7 +9,16 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from metalstep.cli.conversation import Conversation
-from metalstep.cli.parser import CommandError, Parser, add_load_options, boolean, json_object, load_model, report
+from metalstep.cli.parser import (
+    CommandError,
+    Parser,
+    add_load_options,
+    boolean,
+    json_object,
+    load_model,
+    refuse,
+    report,
+)
 from metalstep.cli.progress import PromptProgress
 from metalstep.cli.sampling import SAMPLING, add_request_options, check_sampling, request_options, with_special_tokens
 from metalstep.cli.terminal import Interrupts, Lines
@@ -19,6 +28,7 @@ from metalstep.token_ids import check_text
 
 # What ends an answer and not the chat.
 FAILURES = (CommandError, ValueError, NotImplementedError, RuntimeError, OSError, MemoryError)
+MAX_TOKENS = 256  # of an answer, unless told otherwise
 FULL = "/reset begins a new conversation, /undo drops the last exchange"
 
 
@@ -32,13 +42,14 @@ def parser() -> Parser:
     p.add_argument("--model", required=True, metavar="MODEL", help="smollm2, a .gguf file, a directory or a Hugging Face id")
     p.add_argument("--system-prompt", metavar="TEXT", help="the system message")
     p.add_argument(
-        "-m", "--max-tokens", type=int, default=256, metavar="N", help="tokens of an answer, -1 for no limit (default: 256)"
+        "-m", "--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="tokens of an answer, -1 for no limit (default: 256)"
     )
     p.add_argument("--chat-template-config", type=json_object, metavar="JSON", help="arguments for the chat template")
     p.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run code that comes with the model")
     p.add_argument(
         "--verbose", type=boolean, default=True, metavar="true|false", help="print speeds after each answer (default: true)"
     )
+    refuse(p, "--pipeline", "a model runs on one machine", "leave it out")
     add_request_options(p)
     add_load_options(p)
     return p
@@ -47,7 +58,7 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """talk with a model"""
     args = parser().parse_args(argv)
-    options = {**request_options(args), "max_tokens": checked_max_tokens(args.max_tokens)}
+    options = request_options(args)
     check_text("--system-prompt", args.system_prompt or "")
     tokenizer_config = {"trust_remote_code": True} if args.trust_remote_code else None
     model, tokenizer = load_model(args, tokenizer_config=tokenizer_config)
@@ -140,7 +151,7 @@ class Chat:
             raise
 
     def answer(self) -> None:
-        """Generate the answer to what stands in the conversation and add it, whole or as far as it came."""
+        """Generate the answer to what stands in the conversation and add it as far as it came; nothing before its first token."""
         parts: list[str] = []
         last: GenerationResponse | None = None
         with Interrupts() as interrupts:
@@ -168,13 +179,16 @@ class Chat:
                 self.interrupted = interrupts.asked
                 stream.close()
         print(flush=True)
-        self.conversation.add("assistant", "".join(parts))
+        if parts:
+            self.conversation.add("assistant", "".join(parts))
         count = last.generation_tokens if last else 0
         self.generated += count
         self.context_used = len(prompt) + count
         if self.verbose and last is not None:
             say(speeds(last, first - began, latest - first))
-        if self.interrupted:
+        if self.interrupted and not parts:
+            say("stopped before the answer began; /retry answers the message, /undo drops it. Ctrl-C again ends the chat.")
+        elif self.interrupted:
             say("stopped; what came of the answer stays in the conversation (/undo, /retry). Ctrl-C again ends the chat.")
         elif last is not None and last.finish_reason == "length":
             self.cut(count)
@@ -268,6 +282,8 @@ class Chat:
         except FAILURES:
             self.conversation.messages += dropped
             raise
+        if self.conversation.messages[-1]["role"] == "user":  # stopped before the new answer began
+            self.conversation.messages += dropped
 
     def set(self, argument: str) -> None:
         """change how tokens are picked, e.g. /set temp 0.7; `default` as value puts it back, without NAME show all"""
@@ -279,11 +295,11 @@ class Chat:
         if name not in (*SAMPLING, "max_tokens"):
             raise CommandError(f"no setting {name!r}, expected one of {', '.join([*SAMPLING, 'max_tokens'])}")
         options = {key: given for key, given in self.options.items() if key != name}
-        if name == "max_tokens":
-            options[name] = 256 if value == "default" else checked_max_tokens(read(int, name, value))
-        elif value != "default":
-            options[name] = read(SAMPLING[name][0], name, value)
+        if value != "default":
+            options[name] = read(int if name == "max_tokens" else SAMPLING[name][0], name, value)
             check_sampling(options)
+        elif name == "max_tokens":
+            options[name] = MAX_TOKENS
         self.options = options
         say(f"{name} is {options.get(name, 'at its default')}")
 
@@ -350,10 +366,3 @@ def read(kind: Callable[[str], Any], name: str, text: str) -> Any:
     except (ValueError, argparse.ArgumentTypeError):
         expected = "an integer" if kind is int else "a number" if kind is float else "a JSON object from token ids to numbers"
         raise CommandError(f"{name} is {text!r}, expected {expected}", f"/set {name} VALUE") from None
-
-
-def checked_max_tokens(value: int) -> int:
-    """Raises: CommandError for neither a number above 0 nor -1."""
-    if value == 0 or value < -1:
-        raise CommandError(f"max_tokens is {value}, expected a number above 0, or -1 for no limit")
-    return value

@@ -33,11 +33,6 @@ class Conversation:
         if text:
             self.messages.insert(0, {"role": "system", "content": text})
 
-    @property
-    def exchanges(self) -> int:
-        """Messages of the user."""
-        return sum(message["role"] == "user" for message in self.messages)
-
     def reset(self) -> None:
         """Forget everything but the system message."""
         self.messages = self.messages[: 1 if self.system is not None else 0]

@@ -47,7 +47,7 @@ def describe(plan: dict[str, Any], every: bool = False) -> list[str]:
         f"launches per token  {plan['launches_per_token']}, {plan['barriers_per_token']} of them behind a barrier",
         f"read per token      {plan['weight_bytes_per_token'] / MIB:.2f} MiB of weights, "
         f"{plan['kv_bytes_per_token']:,} bytes of KV cache per cached token",
-        f"memory              arena {plan['arena_bytes']:,} bytes; the cache holds {plan['max_context']:,} tokens",
+        f"memory              arena {plan['arena_bytes']:,} bytes; a sequence has up to {plan['max_context']:,} tokens",
         "",
     ]
     return lines + (every_launch if every else kinds)(plan["launches"])

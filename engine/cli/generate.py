@@ -67,7 +67,10 @@ def parser() -> Parser:
         help="go on behind the prompt whose cache is saved there; --prompt is what follows it",
     )
     refuse(p, "--image", "images are not supported", "pass text alone")
-    refuse(p, "--quantize-activations", "it has another name here", "--arithmetic int8 quantises activations to 8 bits")
+    for name in ("--quantize-activations", "-qa"):
+        refuse(p, name, "it has another name here", "--arithmetic int8 quantises activations to 8 bits")
+    own = "leave it out: the model's own template is used where it has one; --ignore-chat-template uses none"
+    refuse(p, "--use-default-chat-template", "tokenizers have no default chat template", own)
     add_request_options(p)
     add_load_options(p)
     return p
@@ -78,8 +81,6 @@ def main(argv: list[str]) -> int:
     args = parser().parse_args(argv)
     verbose = args.verbose is not False
     options = request_options(args)
-    if args.max_tokens == 0 or args.max_tokens < -1:
-        raise CommandError(f"--max-tokens is {args.max_tokens}, expected a number above 0, or -1 for no limit")
     text = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
     for name, given in (("the prompt", text), ("--system-prompt", args.system_prompt), ("--prefill-response", args.prefill_response)):
         check_text(name, given or "")
@@ -99,7 +100,7 @@ def main(argv: list[str]) -> int:
             options["prompt_progress_callback"] = PromptProgress(lines=args.verbose is True)
         options = with_special_tokens(options, tokenizer)
         last = None
-        for last in stream_generate(model, tokenizer, ids, args.max_tokens, **options):
+        for last in stream_generate(model, tokenizer, ids, **options):
             print(last.text, end="", flush=True)
         print(flush=True)
         if verbose and last is not None:

@@ -131,13 +131,13 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         "--max-context",
         type=positive,
         metavar="TOKENS",
-        help="tokens that the cache holds (default: the model's limit, or what fits)",
+        help="tokens of the longest sequence (default: the model's limit, or what fits)",
     )
     group.add_argument(
         "--kv-memory",
         type=memory,
         metavar="SIZE",
-        help="memory of the KV cache that all requests share: 2GB, 1.5GiB, or 0.5 of what is free (default: what fits)",
+        help="memory of the KV cache that all requests share: 2GB, 1.5GiB, or 0.5 of what is free (default: 0.5)",
     )
     group.add_argument(
         "--strict", action="store_true", help="fail where a model cannot run natively instead of running it eagerly"

