@@ -116,10 +116,12 @@ class SamplingParams:
                     f"{name} has token id {outside[0]}, expected ids from 0 to {vocab_size - 1}; pass ids of this model's tokenizer"
                 )
         self._check_entries(stop_token_ids if self.min_tokens else ())
-        dropped = set(self.banned_token_ids)
-        if self.min_tokens:
-            dropped.update(stop_token_ids)
-        if not set(range(vocab_size) if self.allowed_token_ids is None else self.allowed_token_ids) - dropped:
+        dropped = {*self.banned_token_ids, *(stop_token_ids if self.min_tokens else ())}
+        if self.allowed_token_ids is None:  # counted: a set of the vocabulary costs milliseconds of every request
+            left = vocab_size - sum(token < vocab_size for token in dropped)
+        else:
+            left = len(set(self.allowed_token_ids) - dropped)
+        if left == 0:
             raise ValueError(_nothing_left("allowed_token_ids, banned_token_ids and min_tokens leave"))
         if self.top_k < vocab_size >= self.min_tokens_to_keep:
             return self

@@ -96,10 +96,6 @@ class Scheduler:
         sequence.snapshot = None
         del self._live[sequence.arrival]
 
-    def cancel(self, sequence: Sequence) -> None:
-        """Nobody wants the rest of it, whatever it is doing. Once more does nothing."""
-        self.finish(sequence)
-
     def park(self, sequence: Sequence) -> None:
         """Leave it out until `unpark`: the caller picks its next token. It may be preempted meanwhile."""
         sequence.parked = True

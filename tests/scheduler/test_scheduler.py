@@ -355,7 +355,7 @@ def test_finishing_twice_or_without_adding_does_nothing():
     turn(scheduler)
     scheduler.finish(a)
     scheduler.finish(a)
-    scheduler.cancel(Sequence(tokens=[1], prompt_len=1, max_tokens_total=2))
+    scheduler.finish(Sequence(tokens=[1], prompt_len=1, max_tokens_total=2))
     scheduler.check()
     assert scheduler.idle and scheduler.blocks.free_counts() == [64]
 
