@@ -50,10 +50,13 @@ class CacheGroup:
 class PagedKVCache:
     """Planes for the layers of `groups`, num_blocks[i] blocks for each layer of the i-th group.
 
-    dtype: float16, bfloat16 or float32. Memory is committed when a block is first written. Which blocks are whose is not known here.
+    dtype: float16, bfloat16 or float32. keys_by_token: how the device wants key planes, see Target. Memory is committed when a block
+    is first written. Which blocks are whose is not known here.
     """
 
-    def __init__(self, device: NativeDevice, groups: list[CacheGroup], num_blocks: list[int], dtype: str):
+    def __init__(
+        self, device: NativeDevice, groups: list[CacheGroup], num_blocks: list[int], dtype: str, *, keys_by_token: bool = False
+    ):
         code, stored = DTYPES[dtype]
         self.groups = groups
         self.dtype = dtype
@@ -61,12 +64,15 @@ class PagedKVCache:
         self._views: dict[object, tuple[np.ndarray, np.ndarray]] = {}
         for index, (group, count) in enumerate(zip(groups, num_blocks, strict=True)):
             for layer, shape in group.layers.items():
-                k_shape = (count, shape.heads, shape.key_dim, BLOCK_SIZE)
+                k_axes = (BLOCK_SIZE, shape.key_dim) if keys_by_token else (shape.key_dim, BLOCK_SIZE)
+                k_shape = (count, shape.heads, *k_axes)
                 v_shape = (count, shape.heads, BLOCK_SIZE, shape.value_dim)
                 owners = [device.create_buffer(math.prod(s) * stored.itemsize) for s in (k_shape, v_shape)]
                 k, v = (Buffer(o.handle, 0, s, dtype) for o, s in zip(owners, (k_shape, v_shape), strict=True))
                 self.planes[layer] = KVPlanes(k, v, BLOCK_SIZE, code, index)
-                self._views[layer] = (owners[0].numpy(stored, k_shape), owners[1].numpy(stored, v_shape))
+                keys = owners[0].numpy(stored, k_shape)
+                # Whatever the plane's order, what is read and written is LayerBlocks.
+                self._views[layer] = (keys.swapaxes(2, 3) if keys_by_token else keys, owners[1].numpy(stored, v_shape))
 
     @property
     def bytes_per_token(self) -> int:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -16,9 +17,11 @@ from metalstep.kernels.linear import ARITHMETIC
 from metalstep.kernels.native import NativeDevice, NativeUnavailable
 from metalstep.kv_cache import DTYPES as KV_DTYPES
 from metalstep.native_model import NativeModel
+from metalstep.plan.host_target import HostTarget
+from metalstep.plan.target import Target
 from metalstep.token_ids import batch_ids, check_tokens
 
-DEVICES = ("host", "eager")
+DEVICES = ("host", "metal", "metal-sim", "eager")
 
 
 class Model:
@@ -108,7 +111,7 @@ class Model:
             return f"eager MLX on {mx.default_device()}"
         info = self.native.device.info
         detail = ", ".join(filter(None, [info.isa, f"{info.threads} threads" if info.threads else ""]))
-        return f"{info.name} ({detail})"
+        return f"{info.name} ({detail})" if detail else info.name
 
     def close(self) -> None:
         """Give back the device's memory. The model is unusable afterwards."""
@@ -139,15 +142,18 @@ def load(
     kv_dtype: str = "float16",
     kv_memory: int | float | str | None = None,
     max_context: int | None = None,
+    batch_invariant: bool = False,
 ) -> tuple[Model, Any]:
     """Load a model and its tokenizer.
 
     path_or_hf_repo: "smollm2" (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory or a Hugging Face id of an mlx-lm model.
-    device: "host" (native step on the CPU) or "eager" (mlx-lm's own graph); None takes "host". threads: of the host device; None
-    takes what the process may use. strict: raise instead of falling back to eager MLX. arithmetic: "int16" (near-exact) or "int8"
-    (faster with many rows, less exact). kv_dtype: float16, bfloat16 or float32. max_context: tokens of the longest sequence, at most
-    the model's limit; None takes that limit or what fits. kv_memory: of the KV cache, in bytes, as text ("8GB"), or a fraction of the
-    free memory; None takes half of it, or what 64 sequences of max_context need if that is less; memory is taken when it is first
+    device: "metal" (an Apple GPU), "host" (the native step on the CPU), "metal-sim" (the GPU's shaders simulated on the CPU: for tests,
+    slow) or "eager" (mlx-lm's own graph); None takes "metal" on a Mac and "host" elsewhere. threads: of the host device; None takes what
+    the process may use. strict: raise instead of falling back to eager MLX. arithmetic: of the host device, "int16" (near-exact) or
+    "int8" (faster with many rows, less exact). batch_invariant: a request's logits are the same bits whatever else is in its batch;
+    always so on the host device, slower on a GPU. kv_dtype: float16, bfloat16 or float32. max_context: tokens of the longest sequence, at
+    most the model's limit; None takes that limit or what fits. kv_memory: of the KV cache, in bytes, as text ("8GB"), or a fraction of
+    the free memory; None takes half of it, or what 64 sequences of max_context need if that is less; memory is taken when it is first
     written.
     tokenizer_config, model_config: overrides of the files' own, as in mlx-lm. lazy has no effect: weights are packed when loaded.
     Returns: (Model, mlx-lm TokenizerWrapper).
@@ -162,6 +168,18 @@ def load(
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(str(x) for x in known)}")
+    device = device or ("metal" if sys.platform == "darwin" else "host")
+    target: Target | None = None
+    if device == "host":
+        target = HostTarget(arithmetic)
+    elif device != "eager":
+        if arithmetic != "int16":
+            raise ValueError(f"arithmetic is {arithmetic!r} on {device}, which computes in float32; it is an option of the host device")
+        if threads is not None:
+            raise ValueError(f"threads is {threads} on {device}; it is an option of the host device")
+        from metalstep.plan.gpu_target import GpuTarget
+
+        target = GpuTarget(batch_invariant=batch_invariant)
     checkpoint = open_checkpoint(path_or_hf_repo)
     try:
         checkpoint.config.update(model_config or {})
@@ -169,10 +187,10 @@ def load(
         tokenizer = checkpoint.tokenizer(tokenizer_config)  # before the weights: what it leaves free serves the rest of the load
         native: NativeModel | None = None
         reason: str | None = "device='eager' was asked for"
-        if device != "eager":
+        if target is not None:
             native, reason = _native(
-                checkpoint, skeleton, threads, strict,
-                {"arithmetic": arithmetic, "kv_dtype": kv_dtype, "kv_memory": kv_memory, "max_context": max_context},
+                checkpoint, skeleton, device, threads, target, strict,
+                {"kv_dtype": kv_dtype, "kv_memory": kv_memory, "max_context": max_context},
             )  # fmt: skip
         if native is None:
             load_weights_eager(skeleton, checkpoint, eager_dtype())
@@ -191,13 +209,15 @@ def eager_dtype() -> mx.Dtype | None:
 def _native(
     checkpoint: Checkpoint,
     skeleton: Any,
+    device_name: str,
     threads: int | None,
+    target: Target,
     strict: bool,
     options: dict[str, Any],
 ) -> tuple[NativeModel | None, str | None]:
     """The native model, or None and why not (after one warning). options: NativeModel's."""
     try:
-        device = NativeDevice.open("host", threads or 0)
+        device = NativeDevice.open(device_name, threads or 0)
     except NativeUnavailable as error:
         if strict:
             raise
@@ -205,7 +225,7 @@ def _native(
         return None, str(error)
     try:
         captured = capture(skeleton, checkpoint.config.get("model_type", ""))
-        native = NativeModel(captured, checkpoint, device, **options)
+        native = NativeModel(captured, checkpoint, device, target, **options)
         native.warmup()
         return native, None
     except CaptureError as error:

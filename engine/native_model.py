@@ -14,11 +14,11 @@ from metalstep.explain import explain_plan
 from metalstep.kernels.native import NativeDevice
 from metalstep.kv_cache import BLOCK_SIZE, DTYPES, PagedKVCache, cache_capacity, cache_groups
 from metalstep.memory_size import memory_size
-from metalstep.plan.lower import Sizes, lower
+from metalstep.plan.lower import lower
 from metalstep.plan.plan import Plan
 from metalstep.plan.request_slots import RequestSlots
 from metalstep.plan.step_arrays import StepArrays, StepSizes
-from metalstep.plan.weights import WeightStore
+from metalstep.plan.target import PlanShape, Target
 from metalstep.sampling import MAX_LOGPROBS
 
 PREFILL_ROWS = 512  # rows of a step
@@ -27,7 +27,7 @@ MAX_RESULTS = 64  # rows of a step that are sampled, or whose logits are wanted
 MAX_STEPS = 32  # decode steps of one native call
 DEFAULT_CONTEXT = 4096  # tokens, when neither the model nor the caller says
 KV_MEMORY = 0.5  # of the free memory
-SHAPE_ROWS = Sizes(tokens=7, sampled=5)  # any row counts: a lowered graph's rows are data
+ANY_ROWS = (7, 5)  # tokens and sampled rows of a graph: a lowered graph's rows are data
 
 
 class NativeModel:
@@ -35,7 +35,7 @@ class NativeModel:
 
     max_context: tokens of the longest sequence, at most the model's own limit; None takes that limit or what fits. kv_memory: of the
     cache, see memory_size; None takes half of the free memory, or what the longest sequences that can run at once need if that is
-    less. kv_dtype: float16, bfloat16 or float32. arithmetic: of quantised linears, "int16" (near-exact) or "int8".
+    less. kv_dtype: float16, bfloat16 or float32. target: what the kind of device asks for.
     Raises: CaptureError for an operation without a kernel; ValueError for an option.
     """
 
@@ -44,20 +44,21 @@ class NativeModel:
         captured: CapturedModel,
         checkpoint: Checkpoint,
         device: NativeDevice,
+        target: Target,
         *,
         max_context: int | None = None,
         kv_memory: int | float | str | None = None,
         kv_dtype: str = "float16",
-        arithmetic: str = "int16",
     ):
         self.device = device
-        self.arithmetic = arithmetic
-        self._graph = captured.graph(SHAPE_ROWS.tokens, SHAPE_ROWS.sampled)
+        self.target = target
+        self._captured = captured
+        self._graph = captured.graph(*ANY_ROWS)
         self._lock = threading.Lock()  # of plans
         self._closed = False
-        self._plans: dict[tuple[int, int], Plan] = {}
+        self._plans: dict[PlanShape, Plan] = {}
         prepared = captured.prepare(lambda name: mx.array(checkpoint.tensors[name].numpy()))
-        self.weights = WeightStore(device, checkpoint.tensors, prepared)
+        self.weights = target.weights(device, checkpoint.tensors, prepared)
         limit = checkpoint.config.get("max_position_embeddings")
         if limit is not None and not (isinstance(limit, int) and limit > 0):
             raise ValueError(f"the config's max_position_embeddings is {limit!r}, expected a positive integer")
@@ -80,7 +81,7 @@ class NativeModel:
             ),
         )
         self.slots = RequestSlots(self.arrays)
-        self.decode_plan = self.plan(1, 1)
+        self.decode_plan = self.plan_for(1, decode=True)
 
     def _make_cache(self, max_context: int | None, kv_memory: int | float | str | None, kv_dtype: str) -> PagedKVCache:
         if kv_dtype not in DTYPES:
@@ -90,7 +91,8 @@ class NativeModel:
         context = max_context or self.model_context or DEFAULT_CONTEXT
         if self.model_context and context > self.model_context:
             raise ValueError(f"max_context is {max_context}, expected at most the model's own limit of {self.model_context} tokens")
-        budget = memory_size("kv_memory", KV_MEMORY if kv_memory is None else kv_memory)
+        free = self.device.info.memory_bytes
+        budget = memory_size("kv_memory", KV_MEMORY if kv_memory is None else kv_memory, free or None)
         groups = cache_groups(self._graph)
         if not groups:
             raise CaptureError("a model without attention layers, whose state is not a KV cache")
@@ -106,33 +108,28 @@ class NativeModel:
             )
         self.num_blocks = capacity.num_blocks
         self.max_context = min(context, capacity.tokens)
-        return PagedKVCache(self.device, groups, capacity.num_blocks, kv_dtype)
+        return PagedKVCache(self.device, groups, capacity.num_blocks, kv_dtype, keys_by_token=self.target.keys_by_token)
 
-    def plan(self, tokens: int, sampled: int) -> Plan:
-        """The plan for steps of up to `tokens` rows, `sampled` of them sampled; made on first use."""
-        key = (tokens, sampled)
-        if key in self._plans:
-            return self._plans[key]
+    def plan(self, shape: PlanShape) -> Plan:
+        """The plan for steps of this shape; made on first use."""
+        if shape in self._plans:
+            return self._plans[shape]
         with self._lock:
             self.check_open()
-            if key not in self._plans:  # another thread may have been first
-                sizes = Sizes(tokens, sampled)
-                lowered = lower(
-                    self._graph, self.device, self.weights, self.cache.planes, self.arrays, sizes, self.arithmetic
-                )
-                self._plans[key] = Plan(self.device, lowered, self.arrays, sizes)
-            return self._plans[key]
+            if shape not in self._plans:  # another thread may have been first
+                graph = self._captured.graph(*ANY_ROWS, self.target.fusion(shape))
+                lowered = lower(graph, self.device, self.weights, self.cache.planes, self.arrays, shape, self.target)
+                self._plans[shape] = Plan(self.device, lowered, self.arrays, shape)
+            return self._plans[shape]
 
-    def plan_for(self, rows: int) -> Plan:
-        """The smallest of the engine's plans for so many rows."""
-        if rows == 1:
-            return self.decode_plan
-        return self.plan(MAX_SEQS, MAX_RESULTS) if rows <= MAX_SEQS else self.plan(PREFILL_ROWS, MAX_RESULTS)
+    def plan_for(self, rows: int, *, decode: bool = False, context: int = 0) -> Plan:
+        """The device's plan for a step of so many rows. decode: each of another sequence; context: tokens of the longest."""
+        return self.plan(self.target.plan_shape(rows, decode=decode, context=context))
 
     def warmup(self) -> None:
         """Make the plans that generation uses, so that the first request does not."""
-        self.plan_for(PREFILL_ROWS)
-        self.plan_for(MAX_SEQS)
+        for shape in self.target.warm_shapes():
+            self.plan(shape)
 
     def check_open(self) -> None:
         """Raises: ValueError when the model is closed. For whoever holds the lock, so that it stays open meanwhile."""
@@ -146,7 +143,7 @@ class NativeModel:
             "device": info.name,
             "isa": info.isa,
             "threads": info.threads,
-            "arithmetic": self.arithmetic,
+            **self.target.facts(),
             "kv_bytes_per_token": self.cache.bytes_per_token,
             "max_context": self.max_context,
             **explain_plan(self.decode_plan),

@@ -50,7 +50,8 @@ class StepRunner:
             self._continue(schedule)
         else:
             self._load(schedule)
-        plan = self._native.plan_for(schedule.rows)
+        context = max(entry.first + entry.count for entry in schedule.entries) + schedule.steps - 1
+        plan = self._native.plan_for(schedule.rows, decode=schedule.decode, context=context)
         self.steps += 1
         self.held_back = []
         self._loaded = False

@@ -24,12 +24,21 @@ class Buffer:
         return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
+@dataclass(frozen=True)
+class KernelCode:
+    """What a GPU compiles to have a kernel: the texts of metal/<family>.metal in order, then `text` (instances, or a generated kernel)."""
+
+    families: tuple[str, ...]
+    text: str
+
+
 @dataclass
 class Launch:
     """One kernel with all it reads and writes. The i-th binding is `[[buffer(i)]]`, the constants are bound after the last.
 
     grid: threadgroups, threads: threads in one, along x, y, z (the host device divides its work by itself).
-    barrier: whether it waits for all launches before it.
+    barrier: whether it waits for all launches before it. code: of a GPU's kernel, compiled when a plan first needs it; the host device
+    has its kernels built in.
     """
 
     kernel: str
@@ -38,3 +47,4 @@ class Launch:
     grid: tuple[int, int, int]
     threads: tuple[int, int, int]
     barrier: bool = False
+    code: KernelCode | None = None

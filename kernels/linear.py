@@ -24,7 +24,11 @@ ARITHMETIC = {"int16": params.MS_ARITHMETIC_INT16, "int8": params.MS_ARITHMETIC_
 @dataclass(frozen=True)
 class PackedWeight:
     """A weight on the device. n outputs, k inputs; bits 16 or 32 and group_size 0 when dense; dtype (ms_dtype) of the
-    scales and biases, or of the dense elements."""
+    scales and biases, or of the dense elements.
+
+    buffer: on the host device all of it in panels; on a GPU the words [n, k * bits / 32] as MLX has them (or the dense elements
+    [n, k]), with scales and biases [n, k / group_size] of their own.
+    """
 
     buffer: Buffer
     n: int
@@ -32,11 +36,25 @@ class PackedWeight:
     bits: int
     group_size: int
     dtype: int
+    scales: Buffer | None = None
+    biases: Buffer | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(buffer.nbytes for buffer in (self.buffer, self.scales, self.biases) if buffer is not None)
+
+
+@dataclass(frozen=True)
+class Norm:
+    """x / rms(x) * weight: weight float32 [k] or None, eps added to the mean square."""
+
+    weight: Buffer | None
+    eps: float
 
 
 @dataclass(frozen=True)
 class Input:
-    """Where a linear reads its rows: a register of its prologue, or float32 rows of a buffer."""
+    """Where a linear reads its rows: a register of its prologue, or float32 rows of a buffer (on a GPU normed, with `norm`)."""
 
     buffer: Buffer | None
     offset: int = 0  # elements
@@ -44,6 +62,7 @@ class Input:
     rows: int = params.MS_ROW_SELF  # ms_row_address
     prologue: Program | None = None
     result: Register | None = None
+    norm: Norm | None = None
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"[^\n]*$', re.MULTILIN
 
 
 @functools.cache
-def metal_source(name: str) -> str:
-    """`metal/<name>.metal` with its quoted includes, and theirs, in their place.
+def metal_source(*names: str) -> str:
+    """`metal/<name>.metal`, one after the other, with their quoted includes, and theirs, where they are first asked for.
 
     `#line` keeps the compiler's messages about the files that were written. Raises: ValueError for a file that does not
     exist, naming who includes it.
     """
-    return _inlined(f"{name}.metal", (), set())
+    seen: set[str] = set()
+    return "".join(_inlined(f"{name}.metal", (), seen) for name in names)
 
 
 def _inlined(file: str, includers: tuple[str, ...], seen: set[str]) -> str:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from metalstep.kernels import params
+from metalstep.kernels.gpu import library
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.params import ffi
 
@@ -72,6 +73,7 @@ class NativeDevice:
         self._session: _Session | None = session
         self._memory: dict[int, _Memory] = {}
         self._kernels: dict[str, int] = {}
+        self._compiled: set[str] = set()  # kernels of launches with code
         self._plans: weakref.WeakSet[NativePlan] = weakref.WeakSet()
         self.info = session.info()
         _DEVICES.add(self)
@@ -113,6 +115,8 @@ class NativeDevice:
 
         Raises: ValueError naming the launch whose kernel, bindings or constants do not fit.
         """
+        for source in library.sources(launches, self._compiled):
+            self.add_library(source)
         return NativePlan(self, self._open_session(), launches, max_tokens, max_sampled)
 
     def kernel(self, name: str) -> int:

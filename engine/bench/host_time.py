@@ -70,7 +70,7 @@ def bench_host_time(
     length = len(tokenizer.encode(PROMPT))
     clock = NativeClock()
     totals, shares = [], []
-    with clock.watching(native.plan_for(batch)):
+    with clock.watching(native.plan_for(batch, decode=True)):
         for _ in range(REPEATS):
             requests = [Request(prompt, SamplingParams(seed=0)) for prompt in prompts.take(batch, length)]
             run = _text(model, tokenizer, tokens) if batch == 1 else decode_steps(model.engine, requests)

@@ -32,7 +32,7 @@ def bench_launches(
     if prefill:
         batch, context = 1, 0
     requests = [Request(prompt, SamplingParams(seed=0)) for prompt in prompts.take(batch, prefill or context)]
-    plan = native.plan_for(prefill or batch)
+    plan = native.plan_for(prefill or batch, decode=not prefill, context=context + steps)
 
     def profile() -> tuple[list[list[int]], dict[str, int]]:
         step = native.arrays.step

@@ -13,12 +13,13 @@ import mlx.core as mx
 from metalstep.capture.bind import bind
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Graph, interpret
-from metalstep.capture.passes import PASSES
+from metalstep.capture.passes import Fusion, passes
 from metalstep.capture.rows import TracePair
 from metalstep.capture.trace import trace
 
 TRACED_ROWS = (2, 3)  # the fewest that tell sizes from numbers of rows
 CHECKED_ROWS = (7, 5)  # tokens and sampled rows that `capture` runs the passes for
+HOST = Fusion()
 OWN_CODE = ("metalstep.", "mlx.", "contextlib")
 
 
@@ -28,26 +29,28 @@ class CapturedModel:
     def __init__(self, model_type: str, traces: TracePair):
         self.model_type = model_type
         self._traces = traces
-        self._graphs: dict[tuple[int, int], Graph] = {}
+        self._graphs: dict[tuple[int, int, Fusion], Graph] = {}
         self._lock = threading.Lock()
 
     def bound(self, tokens: int, sampled: int) -> Graph:
         """A graph of its own for these rows, before the passes. Raises: CaptureError."""
         return bind(self._traces.at(tokens, sampled))
 
-    def graph(self, tokens: int, sampled: int) -> Graph:
+    def graph(self, tokens: int, sampled: int, fusion: Fusion = HOST) -> Graph:
         """The graph for `tokens` rows of which `sampled` give logits, after all passes. It is shared: do not change it.
+
+        fusion: what the device's launches take in; the host device's without it.
 
         Raises: CaptureError naming the operation that cannot be captured; ValueError for row counts that do not fit.
         """
         if not 1 <= sampled <= tokens:
             raise ValueError(f"graph: sampled is {sampled}, expected 1 to {tokens} (tokens)")
         with self._lock:
-            key = (tokens, sampled)
+            key = (tokens, sampled, fusion)
             if key not in self._graphs:
                 with _explained(self.model_type):
                     graph = self.bound(tokens, sampled)
-                    for apply in PASSES:
+                    for apply in passes(fusion):
                         graph = apply(graph)
                 self._graphs[key] = graph
             return self._graphs[key]

@@ -113,7 +113,8 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--device",
         choices=DEVICES,
-        help="host: the native step on the CPU (default); eager: mlx-lm's own graph through MLX",
+        help="metal: an Apple GPU (default on a Mac); host: the native step on the CPU (default elsewhere); metal-sim: the GPU's shaders "
+        "simulated on the CPU, for tests; eager: mlx-lm's own graph through MLX",
     )
     group.add_argument(
         "--threads", type=positive, metavar="N", help="threads of the host device (default: all that it may use)"

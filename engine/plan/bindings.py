@@ -14,14 +14,23 @@ from metalstep.plan.weights import WeightStore
 
 @dataclass(frozen=True)
 class KVPlanes:
-    """One layer's cache. k and v: see kernels/kv_write.py; dtype: ms_dtype; block_size in tokens; group: of the layers that share its
-    block tables."""
+    """One layer's cache. k and v: as MSAttentionParams has them; dtype: ms_dtype; block_size in tokens; group: of the layers that share
+    its block tables."""
 
     k: Buffer
     v: Buffer
     block_size: int
     dtype: int
     group: int = 0
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the rows of a value lie. offset and row_stride in elements."""
+
+    buffer: Buffer
+    offset: int
+    row_stride: int
 
 
 @dataclass

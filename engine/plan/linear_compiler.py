@@ -9,11 +9,11 @@ from metalstep.capture.graph import Node, Value
 from metalstep.capture.passes.kinds import row_size
 from metalstep.kernels import elementwise, linear, params
 from metalstep.kernels.launch import Buffer
-from metalstep.kernels.linear import Input, PackedWeight, Segment
+from metalstep.kernels.linear import Input, Norm, PackedWeight, Segment
 from metalstep.kernels.program import Operand, Program, Register
 from metalstep.plan.bindings import Placement, Slots
 from metalstep.plan.layout import row_view
-from metalstep.plan.row_compiler import RowCompiler
+from metalstep.plan.row_compiler import RowCompiler, named_inputs
 
 MATMULS = ("QuantizedMatmul", "Matmul")
 
@@ -36,16 +36,20 @@ class Group:
 
 
 class LinearCompiler:
-    """Takes one `linear` node of the graph apart and builds what kernels/linear.py launches."""
+    """Takes one `linear` node of the graph apart and builds what kernels/linear.py launches.
 
-    def __init__(self, node: Node, placement: Placement, angles: dict[tuple, Buffer]):
+    norm_inputs: the prologue is a norm that the launch does itself, not a program.
+    """
+
+    def __init__(self, node: Node, placement: Placement, angles: dict[tuple, Buffer], *, norm_inputs: bool = False):
         self.node = node
+        self.norm_inputs = norm_inputs
         self.placement = placement
         self.angles = angles
         body = node.attrs["body"]
         first = next((i for i, n in enumerate(body) if n.op in MATMULS), None)
         if first is None:
-            raise CaptureError(f"{body[0].op} has no kernel on the host device (in {body[0]})")
+            raise CaptureError(f"{body[0].op} has no kernel (in {body[0]})")
         self.matmuls = [n for n in body if n.op in MATMULS]
         self.prologue = [n for n in body[:first] if self._feeds_input(n, body)]
         self.made_by = {o: n for n in body if n not in self.prologue for o in n.outputs}
@@ -70,7 +74,10 @@ class LinearCompiler:
     def _input(self, slots: Slots) -> Input:
         value = self.matmuls[0].inputs[0]
         work = [n for n in self.prologue if n.op not in ("view", "take_rows")]
-        if work:
+        norm = None
+        if work and self.norm_inputs:
+            norm, value = self._norm(work)
+        elif work:
             program = Program()
             compiler = RowCompiler(program, slots, self.placement, self.angles)
             for node in work:
@@ -82,7 +89,16 @@ class LinearCompiler:
         buffer = self.placement.buffer(view.root)
         slots.reads.append(buffer)
         rows = params.MS_ROW_SAMPLED if view.sampled else params.MS_ROW_SELF
-        return Input(buffer, view.offset, view.row_stride, rows)
+        return Input(buffer, view.offset, view.row_stride, rows, norm=norm)
+
+    def _norm(self, work: list[Node]) -> tuple[Norm, Value]:
+        """The norm that is all of the prologue, and what it norms."""
+        (node,) = work
+        if node.op != "rms_norm" or row_size(node.out) != node.out.shape[-1]:
+            raise CaptureError(f"a linear that begins with {node}")
+        given = named_inputs(node)
+        weight = self.placement.buffer(row_view(given["weight"]).root) if "weight" in given else None
+        return Norm(weight, node.attrs["eps"]), given["x"]
 
     def _weight(self, columns: Columns) -> PackedWeight:
         node = columns.node

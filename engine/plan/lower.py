@@ -7,18 +7,21 @@ from typing import Any
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Graph, Node, Value
+from metalstep.capture.passes.attention_insides import Inside, Path, find_inside
 from metalstep.capture.passes.kinds import row_size
-from metalstep.kernels import attention, linear, params, row_program, sample, step_advance
+from metalstep.kernels import params
 from metalstep.kernels.launch import Buffer, Launch
+from metalstep.kernels.linear import Norm
 from metalstep.kernels.native import NativeDevice
 from metalstep.kernels.program import Program
-from metalstep.plan.bindings import KVPlanes, Placement, Slots
+from metalstep.plan.bindings import KVPlanes, Placement, Rows, Slots
 from metalstep.plan.hazards import Access, barriers
 from metalstep.plan.layout import row_view
 from metalstep.plan.linear_compiler import LinearCompiler
 from metalstep.plan.memory import Lifetime, arena_layout
 from metalstep.plan.row_compiler import RowCompiler, compile_rows, is_handle, named_inputs, rope_key
 from metalstep.plan.step_arrays import StepArrays
+from metalstep.plan.target import PlanShape, Target
 from metalstep.plan.weights import WeightStore
 
 FLOAT = 4  # bytes of an arena element
@@ -49,32 +52,21 @@ class Lowered:
     logits: Buffer
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The most rows of a step, by kind."""
-
-    tokens: int
-    sampled: int
-
-    def of(self, rows: str | None) -> int:
-        return self.sampled if rows == "sampled" else self.tokens
-
-
 def lower(
     graph: Graph,
     device: NativeDevice,
     weights: WeightStore,
     planes: dict[object, KVPlanes],
     arrays: StepArrays,
-    sizes: Sizes,
-    arithmetic: str,
+    shape: PlanShape,
+    target: Target,
 ) -> Lowered:
-    """Lower a captured graph (after the passes) to launches for steps of up to `sizes` rows, on the step of `arrays`.
+    """Lower a captured graph (after the target's passes) to launches for steps of `shape`, on the step of `arrays`.
 
     Raises: CaptureError naming the operation that has no kernel.
     """
     try:
-        return _Lowering(graph, device, weights, planes, arrays, sizes, arithmetic).run()
+        return _Lowering(graph, device, weights, planes, arrays, shape, target).run()
     except NotImplementedError as error:
         raise error if isinstance(error, CaptureError) else CaptureError(str(error)) from error
 
@@ -87,10 +79,11 @@ class _Lowering:
         weights: WeightStore,
         planes: dict[object, KVPlanes],
         arrays: StepArrays,
-        sizes: Sizes,
-        arithmetic: str,
+        shape: PlanShape,
+        target: Target,
     ):
-        self.graph, self.device, self.sizes, self.arithmetic = graph, device, sizes, arithmetic
+        self.graph, self.device, self.shape, self.target = graph, device, shape, target
+        self._scratches: list[Buffer] = []
         self.step, self.step_sizes = arrays.buffers, arrays.sizes
         self.placement = Placement(weights, planes, self.step.embeddings)
         self.nodes = [n for n in graph.nodes if n.op not in ("view", "take_rows")]
@@ -109,9 +102,9 @@ class _Lowering:
         for i, node in enumerate(self.nodes):
             angles = pending if i == 0 and self._takes_angles(node) else {}
             if i == 0 and pending and not angles:
-                lowered.append(self._row_program(None, pending))
+                lowered += self._row_program(None, pending)
             pending = {}
-            lowered.append(self._lower(node, angles))
+            lowered += self._lower(node, angles)
         logits = row_view(self.graph.outputs[0])
         if not logits.contiguous or logits.offset or logits.sampled:
             raise CaptureError(f"the model's logits are a view that is not contiguous: {self.graph.outputs[0]}")
@@ -121,23 +114,43 @@ class _Lowering:
             entry.launch.barrier = barrier
         return Lowered(lowered, arena, buffer)
 
+    def _scratch(self, nbytes: int) -> Buffer:
+        """Memory of one op's launches while they run; other ops' may be the same."""
+        for buffer in self._scratches:
+            if buffer.nbytes >= nbytes:
+                return buffer
+        self._scratches.append(Buffer(self.device.create_buffer(nbytes).handle, 0, (nbytes,), "uint8"))
+        return self._scratches[-1]
+
+    def _entries(
+        self, launches: list[Launch], reads: list[Buffer], writes: list[Buffer], ops: list[str], **facts: Any
+    ) -> list[LoweredLaunch]:
+        """One op's launches. Those that use scratch memory follow one another."""
+        entries = []
+        for i, launch in enumerate(launches):
+            used = [buffer for buffer in self._scratches if buffer in launch.bindings]
+            entries.append(LoweredLaunch(launch, Access(reads, [*writes, *used]), ops, **(facts if i == 0 else {})))
+        return entries
+
     def _sample(self, logits: Buffer, vocab_size: int) -> list[LoweredLaunch]:
         """The sampler, and what makes the next step's inputs of its results."""
         step, sizes = self.step, self.step_sizes
-        (sampler,) = sample.launches(
+        samplers = self.target.sample(
             logits,
             step,
+            self.shape.sampled,
+            self._scratch,
             vocab_size=vocab_size,
             max_rows=sizes.results,
             max_top=sizes.top,
             history_stride=sizes.history_stride,
         )
-        (advance,) = step_advance.launches(step, block_size=sizes.block_size, max_rows=sizes.results)
+        advances = self.target.step_advance(step, block_size=sizes.block_size, max_rows=sizes.results)
         results = [step.sampled, step.top, step.history, step.counts, logits]
         inputs = [step.step, step.tokens, step.positions, step.sampling, *step.slot_mappings]
         return [
-            LoweredLaunch(sampler, Access([logits, step.sampling, step.masks, step.biases], results), ["sample"]),
-            LoweredLaunch(advance, Access([step.sampled, *step.block_tables], inputs), ["step_advance"]),
+            *self._entries(samplers, [logits, step.sampling, step.masks, step.biases], results, ["sample"]),
+            *self._entries(advances, [step.sampled, *step.block_tables], inputs, ["step_advance"]),
         ]
 
     def _check_rope(self, node: Node) -> None:
@@ -175,10 +188,10 @@ class _Lowering:
                     continue
                 if value.rows is None:
                     raise CaptureError(f"a result that does not have one row per token: {node}")
-                shapes[value] = (self.sizes.of(value.rows), row_size(value))
+                shapes[value] = (self.shape.rows(value.rows), row_size(value))
                 lifetimes.append(self._lifetime(value, shapes[value], index[node], last.get(value, index[node])))
         for key, node in self.rope_nodes.items():
-            shapes[key] = (self.sizes.tokens, node.attrs["dims"])
+            shapes[key] = (self.shape.tokens, node.attrs["dims"])
             lifetimes.append(self._lifetime(key, shapes[key], 0, end))
         offsets, size = arena_layout(lifetimes)
         owner = self.device.create_buffer(max(size, 1))
@@ -193,16 +206,16 @@ class _Lowering:
     def _lifetime(self, key: object, shape: tuple[int, int], first: int, last: int) -> Lifetime:
         return Lifetime(key, shape[0] * shape[1] * FLOAT, first, last)
 
-    def _lower(self, node: Node, angles: dict[tuple, Node]) -> LoweredLaunch:
+    def _lower(self, node: Node, angles: dict[tuple, Node]) -> list[LoweredLaunch]:
         if node.op == "row_program":
             return self._row_program(node, angles)
         if node.op == "linear":
             return self._linear(node)
         if node.op == "attention":
             return self._attention(node)
-        raise CaptureError(f"{node.op} has no kernel on the host device (in {node})")
+        raise CaptureError(f"{node.op} has no kernel (in {node})")
 
-    def _row_program(self, node: Node | None, angles: dict[tuple, Node]) -> LoweredLaunch:
+    def _row_program(self, node: Node | None, angles: dict[tuple, Node]) -> list[LoweredLaunch]:
         program, slots = Program(), Slots(int(params.MS_SLOT_FIRST))
         compiler = RowCompiler(program, slots, self.placement, self.angles)
         for key, rope in angles.items():
@@ -211,11 +224,10 @@ class _Lowering:
         if node is not None:
             rows, body = self._rows(node), node.attrs["body"]
             compile_rows(compiler, body, node.outputs)
-        (launch,) = row_program.launches(
-            program, self.step, slots.buffers, self._rows_code(rows), self.sizes.of(rows), self._cache_group(body)
+        launches = self.target.row_program(
+            program, self.step, slots.buffers, self._rows_code(rows), self.shape.rows(rows), self._cache_group(body), self._scratch
         )
-        ops = ["rope_angles"] * len(angles) + _names(body)
-        return LoweredLaunch(launch, Access(slots.reads, slots.writes), ops)
+        return self._entries(launches, slots.reads, slots.writes, ["rope_angles"] * len(angles) + _names(body), rows=rows)
 
     def _cache_group(self, body: Sequence[Node]) -> int:
         """Of the layers whose cache a launch writes."""
@@ -227,35 +239,39 @@ class _Lowering:
     def _rows_code(self, rows: str) -> int:
         return int(params.MS_ROWS_SAMPLED if rows == "sampled" else params.MS_ROWS_TOKENS)
 
-    def _linear(self, node: Node) -> LoweredLaunch:
-        x, segments, slots = LinearCompiler(node, self.placement, self.angles).compile()
+    def _linear(self, node: Node) -> list[LoweredLaunch]:
+        compiler = LinearCompiler(node, self.placement, self.angles, norm_inputs=self.target.norm_inputs)
+        x, segments, slots = compiler.compile()
         rows = self._rows(node)
-        (launch,) = linear.launches(
-            x, segments, self.step, slots.buffers, self._rows_code(rows), self.sizes.of(rows), self.arithmetic
-        )
+        launches = self.target.linear(x, segments, self.step, slots.buffers, self._rows_code(rows), self.shape.rows(rows))
         multiplied = [weight for segment in segments for weight in segment.weights]
-        return LoweredLaunch(
-            launch,
-            Access(slots.reads, slots.writes),
+        return self._entries(
+            launches,
+            slots.reads,
+            slots.writes,
             _names(node.attrs["body"]),
-            rows,
-            weight_bytes=sum(weight.buffer.nbytes for weight in multiplied),
+            rows=rows,
+            weight_bytes=sum(weight.nbytes for weight in multiplied),
             weight_elements=sum(weight.n * weight.k for weight in multiplied),
         )
 
-    def _attention(self, node: Node) -> LoweredLaunch:
-        given, attrs, out = named_inputs(node), node.attrs, node.outputs[0]
+    def _attention(self, node: Node) -> list[LoweredLaunch]:
+        body = node.attrs.get("body", [node])
+        given, attrs, out = named_inputs(body[-1]), node.attrs, node.outputs[0]
         if attrs.get("chunk") or attrs.get("mla"):
-            raise CaptureError(f"chunked or latent attention has no kernel on the host device (layer {attrs['layer']})")
+            raise CaptureError(f"chunked or latent attention has no kernel (layer {attrs['layer']})")
         planes = self.placement.planes[attrs["layer"]]
-        q = row_view(given["q"])
-        if not q.contiguous:
-            raise CaptureError(f"attention whose query row is not contiguous: {given['q']}")
-        buffer, target = self.placement.buffer(q.root), self.placement.values[out]
+        found = find_inside(body) if len(body) > 1 else None
+        inside = None if found is None else self._inside(found)
+        q = self._row(given["q"]) if found is None else self._row(found.q.source)
+        target = self.placement.values[out]
         sinks = self.placement.weights.vector(row_view(given["sinks"]).root.name) if "sinks" in given else None
         heads, dim = given["q"].shape[1], given["q"].shape[3]
-        (launch,) = attention.launches(
-            buffer,
+        launches = self.target.attention(
+            self.shape,
+            inside,
+            self._scratch,
+            q.buffer,
             q.offset,
             q.row_stride,
             planes.k,
@@ -272,10 +288,41 @@ class _Lowering:
             window=attrs.get("window") or 0,
             softcap=attrs.get("softcap") or 0.0,
             sinks=sinks,
-            max_rows=self.sizes.tokens,
             group=planes.group,
         )
-        return LoweredLaunch(launch, Access([buffer, planes.k, planes.v], [target]), ["attention"])
+        reads, writes = [q.buffer, planes.k, planes.v], [target]
+        if inside is not None:
+            reads += [inside.k.buffer, inside.v.buffer, *([inside.angles] if inside.angles else [])]
+            writes += [planes.k, planes.v]
+        return self._entries(launches, reads, writes, _names(body))
+
+    def _row(self, value: Value) -> Rows:
+        """Where the rows of a value lie."""
+        view = row_view(value)
+        if not view.contiguous:
+            raise CaptureError(f"attention whose row is not contiguous: {value}")
+        return Rows(self.placement.buffer(view.root), view.offset, view.row_stride)
+
+    def _inside(self, found: Inside) -> Any:
+        from metalstep.kernels.gpu import attention
+
+        rope = found.q.rope
+        return attention.Inside(
+            k=self._row(found.k.source),
+            v=self._row(found.v.source),
+            q_norm=self._norm(found.q),
+            k_norm=self._norm(found.k),
+            angles=None if rope is None else self.angles[rope_key(rope)],
+            rope_dims=0 if rope is None else rope.attrs["dims"],
+            traditional=rope is not None and rope.attrs["traditional"],
+        )
+
+    def _norm(self, path: Path) -> Norm | None:
+        if path.norm is None:
+            return None
+        given = named_inputs(path.norm)
+        weight = self.placement.buffer(row_view(given["weight"]).root) if "weight" in given else None
+        return Norm(weight, path.norm.attrs["eps"])
 
 
 def _names(body: Sequence[Node]) -> list[str]:

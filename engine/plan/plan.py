@@ -8,8 +8,9 @@ import numpy as np
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.native import NativeDevice
 from metalstep.plan.logits import Logits, LogitsRing
-from metalstep.plan.lower import Lowered, Sizes
+from metalstep.plan.lower import Lowered
 from metalstep.plan.step_arrays import StepArrays, StepBatch
+from metalstep.plan.target import PlanShape
 
 
 class Plan:
@@ -18,21 +19,21 @@ class Plan:
     A plan of one row has two places for logits and uses them in turn (see LogitsRing).
     """
 
-    def __init__(self, device: NativeDevice, lowered: Lowered, arrays: StepArrays, sizes: Sizes):
-        self.sizes = sizes
+    def __init__(self, device: NativeDevice, lowered: Lowered, arrays: StepArrays, shape: PlanShape):
+        self.shape = shape
         self.arrays = arrays
         self.launches = lowered.launches
         self.arena_bytes = lowered.arena.nbytes
         launches = [entry.launch for entry in lowered.launches]
         places = [lowered.logits]  # in the arena, where another step's values may overlap them
-        if sizes.tokens == 1:
+        if shape.tokens == 1:
             owners = [device.create_buffer(lowered.logits.nbytes) for _ in range(2)]
             places = [replace(lowered.logits, handle=owner.handle, offset=0) for owner in owners]
         self._native = [
-            device.create_plan(_rebound(launches, lowered.logits, place), sizes.tokens, sizes.sampled) for place in places
+            device.create_plan(_rebound(launches, lowered.logits, place), shape.tokens, shape.sampled) for place in places
         ]
-        shape = (sizes.sampled, lowered.logits.shape[1])
-        self._ring = LogitsRing([device.numpy(place, np.float32, shape) for place in places])
+        rows = (shape.sampled, lowered.logits.shape[1])
+        self._ring = LogitsRing([device.numpy(place, np.float32, rows) for place in places])
 
     @property
     def logits(self) -> np.ndarray:
@@ -48,10 +49,10 @@ class Plan:
 
         Raises: ValueError for more rows than the plan has room for; RuntimeError with the device's text.
         """
-        if len(batch.tokens) > self.sizes.tokens or len(batch.sampled_rows) > self.sizes.sampled:
+        if len(batch.tokens) > self.shape.tokens or len(batch.sampled_rows) > self.shape.sampled:
             raise ValueError(
                 f"a step of {len(batch.tokens)} rows, {len(batch.sampled_rows)} of them sampled, on a plan for up to "
-                f"{self.sizes.tokens} and {self.sizes.sampled}"
+                f"{self.shape.tokens} and {self.shape.sampled}"
             )
         self.arrays.write(batch)
         self.replay()

@@ -23,8 +23,12 @@ BLOCKS = {  # GGUF block formats, as MSWeightSource names them
 }
 
 
+CHUNK = 32 << 20  # bytes of a buffer that is made when the arena is full
+
+
 class WeightStore:
     """Puts a checkpoint's tensors on `device` as launches ask for them, each once per use (panels or vector, and range of rows).
+    Linears are in panels, the host device's layout.
 
     tensors: by mlx-lm parameter name. prepared: weights computed once from others, by name.
     """
@@ -36,12 +40,10 @@ class WeightStore:
         self._packed: dict[tuple[str, int, int], PackedWeight] = {}
         self._vectors: dict[str, Buffer] = {}
         self._free = 0
-        # Memory is committed when it is written, so the upper bound costs nothing.
-        self._arena = device.create_buffer(max(ALIGN, sum(self._bound(name) for name in tensors)))
-        self._overflow: list[DeviceBuffer] = []
+        self._arena = device.create_buffer(self._arena_bytes())
 
     def packed(self, name: str, n: int, k: int, bits: int, group_size: int, first: int = 0) -> PackedWeight:
-        """Rows [first, first + n) of the linear weight `name` as panels. bits 16 or more: dense.
+        """Rows [first, first + n) of the linear weight `name` in the device's layout. bits 16 or more: dense.
 
         Raises: CaptureError for an unknown name; ValueError from the device for a combination it cannot pack.
         """
@@ -73,11 +75,14 @@ class WeightStore:
 
     def _reserve(self, nbytes: int) -> tuple[DeviceBuffer, int]:
         if self._free + nbytes > self._arena.nbytes:
-            self._overflow.append(self._device.create_buffer(nbytes))
-            return self._overflow[-1], 0
+            self._arena, self._free = self._device.create_buffer(max(nbytes, CHUNK)), 0
         at = self._free
         self._free += -(-nbytes // ALIGN) * ALIGN
         return self._arena, at
+
+    def _arena_bytes(self) -> int:
+        """Memory is committed when it is written, so the upper bound costs nothing."""
+        return max(ALIGN, sum(self._bound(name) for name in self._tensors))
 
     def _bound(self, name: str) -> int:
         """Bytes that `name` takes at most, as panels or as float32."""

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from steps import mixed_steps, reference, run
 
 from metalstep.capture import capture
-from metalstep.capture.passes import PASSES
+from metalstep.capture.passes import Fusion, passes
 
 # Both sides of the windows (8) and of original_max_position_embeddings (16) of families.py.
 TEXTS = [[(7 * i + 13 * j) % VOCAB for j in range(length)] for i, length in enumerate((21, 10, 4))]
@@ -39,6 +39,8 @@ def check(graph, weights, references, steps, tolerance, stage):
             err_msg=f"after {stage}: sequence {sequence}, position {position}",
         )
 
+GPU_FUSIONS = [Fusion(("rms_norm",), attention=True), Fusion((), attention=False)]
+
 
 @pytest.mark.parametrize("quantized", [True, False], ids=["4bit", "float32"])
 @pytest.mark.parametrize("family", FAMILIES)
@@ -51,9 +53,11 @@ def test_a_captured_step_computes_what_mlx_lm_does_after_every_pass(family, quan
     steps = mixed_steps([len(t) for t in TEXTS], rows, [1] if graph.one_row_per_sequence else takes)
     tolerance = max(FAMILIES[family].tolerance, BLAS_TOLERANCE)
     check(graph, weights, references, steps, tolerance, "binding")
-    for apply in PASSES:
+    for apply in passes(Fusion()):
         graph = apply(graph)
-        check(graph, weights, references, steps, tolerance, apply.__name__)
+        check(graph, weights, references, steps, tolerance, getattr(apply, "__name__", "norm_prologues"))
+    for fusion in GPU_FUSIONS:
+        check(captured.graph(rows, min(sampled, rows), fusion), weights, references, steps, tolerance, str(fusion))
 
 
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f in ("qwen3_moe", "gpt_oss", "deepseek_v3")])

@@ -10,7 +10,7 @@ from mlx_lm.models import llama
 
 from metalstep.capture import capture
 from metalstep.capture.bind import bind
-from metalstep.capture.passes import PASSES
+from metalstep.capture.passes import Fusion, passes
 from metalstep.capture.rows import TracePair
 from metalstep.capture.trace import trace
 
@@ -103,7 +103,7 @@ def test_other_threads_keep_mlx_s_own_functions_while_a_model_is_traced():
 def test_passes_keep_a_graph_s_inputs_and_its_logits():
     pair = TracePair(*(trace(build("llama", quantized=True), rows) for rows in (2, 3)))
     graph = bind(pair.at(9, 4))
-    for apply in PASSES:
+    for apply in passes(Fusion(attention=True)):
         graph = apply(graph)
         assert {"ids", "positions"} <= set(graph.inputs)
         assert graph.outputs[0].shape in ((9, 1, 96), (4, 1, 96))

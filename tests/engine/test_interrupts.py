@@ -234,6 +234,7 @@ FORKS = """
     import metalstep
     from engines import check, kinds, load, rows
     from metalstep.models.cache import make_prompt_cache
+    from metalstep.plan.target import PlanShape
 
     model = load("llama", Path({directory!r}))
     engine, starts = model.engine, kinds(model, 60)
@@ -258,7 +259,7 @@ FORKS = """
             lambda: engine.submit(request), lambda: engine.logits([5]), lambda: engine.collect(request), engine.stats, engine.settle,
             lambda: engine.exclusively(lambda: None), lambda: engine.wait([stream]), lambda: model(model_input),
             lambda: rows(starts[-2](engine, cache)), lambda: cache.trim(3), cache.copy, lambda: cache[0].state,
-            lambda: model.native.plan(3, 3),
+            lambda: model.native.plan(PlanShape(3, 3)),
         ):
             try:
                 enter()

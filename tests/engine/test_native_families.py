@@ -46,7 +46,7 @@ def test_ragged_mixed_batches_give_each_sequence_its_own_bits(family):
     model, expected = family
     native = model.native
     alone = [model.engine.logits(text) for text in TEXTS]
-    plan, arrays = native.plan(16, 16), native.arrays
+    plan, arrays = native.plan_for(16), native.arrays
     room = -(-max(LENGTHS) // BLOCK_SIZE)
     for sequence in range(len(TEXTS)):  # blocks in an order of their own, and away from those of the engine's last request
         blocks = 60 - np.arange(room) * len(TEXTS) - sequence

@@ -1,28 +1,49 @@
 """Passes: Graph -> Graph, one per file. A graph computes the same before and after each (tests/capture)."""
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from metalstep.capture.graph import Graph
+from metalstep.capture.passes.attention_insides import attention_insides
 from metalstep.capture.passes.constants import constants
 from metalstep.capture.passes.embedding import embedding
 from metalstep.capture.passes.epilogues import epilogues
 from metalstep.capture.passes.linears import linears
 from metalstep.capture.passes.matmuls import matmuls
-from metalstep.capture.passes.norm_prologues import norm_prologues
+from metalstep.capture.passes.norm_prologues import NORMS, norm_prologues
 from metalstep.capture.passes.prepare import prepare
 from metalstep.capture.passes.row_indices import row_indices
 from metalstep.capture.passes.row_programs import row_programs
 from metalstep.capture.passes.sampled_rows import sampled_rows
 from metalstep.capture.passes.views import views
 
-PASSES = (
-    constants,
-    embedding,
-    matmuls,
-    views,
-    prepare,
-    sampled_rows,
-    linears,
-    epilogues,
-    row_programs,
-    norm_prologues,
-    row_indices,
-)
 
-__all__ = ["PASSES"]
+@dataclass(frozen=True)
+class Fusion:
+    """What a device does inside of its launches. norms: those that linears do to their input. attention: whether attention norms,
+    rotates and writes its own row (each row of a step is then of another sequence)."""
+
+    norms: tuple[str, ...] = NORMS
+    attention: bool = False
+
+
+def passes(fusion: Fusion) -> list[Callable[[Graph], Graph]]:
+    """The passes in order."""
+    last = [attention_insides] if fusion.attention else []
+    return [
+        constants,
+        embedding,
+        matmuls,
+        views,
+        prepare,
+        sampled_rows,
+        linears,
+        epilogues,
+        row_programs,
+        partial(norm_prologues, norms=fusion.norms),
+        *last,
+        row_indices,
+    ]
+
+
+__all__ = ["Fusion", "passes"]

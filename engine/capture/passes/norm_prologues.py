@@ -7,10 +7,10 @@ from metalstep.capture.passes.kinds import root
 NORMS = ("rms_norm", "layer_norm")
 
 
-def norm_prologues(graph: Graph) -> Graph:
+def norm_prologues(graph: Graph, norms: tuple[str, ...] = NORMS) -> Graph:
     """Saves a launch per norm that only linears read, and the normed rows: 228 launches become 172 in a llama of 28 layers."""
     uses = graph.uses()
-    for norm in [n for n in graph.nodes if _is_norm(n)]:
+    for norm in [n for n in graph.nodes if _is_norm(n, norms)]:
         readers: dict[Node | None, list[Value]] = {}
         for reader, _ in uses[norm.out]:
             if reader is not None and reader.op == "view":
@@ -26,10 +26,10 @@ def norm_prologues(graph: Graph) -> Graph:
     return graph.sweep()
 
 
-def _is_norm(node: Node) -> bool:
-    """Whether a row program is one norm with one result."""
+def _is_norm(node: Node, norms: tuple[str, ...]) -> bool:
+    """Whether a row program is one of these norms with one result."""
     work = [part.op for part in node.parts if part.op != "view"]
-    return node.op == "row_program" and len(work) == 1 and work[0] in NORMS
+    return node.op == "row_program" and len(work) == 1 and work[0] in norms
 
 
 def _only_input(linear: Node, values: list[Value]) -> bool:
