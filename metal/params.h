@@ -194,6 +194,26 @@ typedef struct {
   uint32_t registers;           // registers of the epilogue, each `width` elements; dst/a/b/c count registers, not elements
 } MSLinearSegment;
 
+// On a GPU weights stay as MLX has them and the kernels are generated (kernels/gpu/linear.py), the epilogues with them. Constants:
+// MSGpuLinearParams, then an MSGpuLinearSegment per segment, then an MSGpuLinearAccess per LOAD and STORE of their epilogues.
+typedef struct {
+  uint32_t k;             // elements of an input row
+  uint32_t x_offset;
+  uint32_t x_row_stride;
+  float eps;              // of the norm of x, added to the mean square; unused without one
+} MSGpuLinearParams;
+
+typedef struct {
+  uint32_t first_tile;    // of the launch's threadgroups along x
+  uint32_t n;             // outputs
+  uint32_t first_access;  // of its epilogue, counted from the launch's first
+} MSGpuLinearSegment;
+
+typedef struct {
+  uint32_t offset;
+  uint32_t row_stride;    // 0: the same for every row
+} MSGpuLinearAccess;
+
 // ---- attention over the paged cache ---------------------------------------------------------------------------------
 typedef struct {
   uint32_t num_q_heads;
@@ -221,6 +241,38 @@ enum ms_attention_slot {
   MS_ATTN_OUT = 7,           // float32 [num_tokens, num_q_heads, value_dim]
   MS_ATTN_SINKS = 8,         // float32 [num_q_heads]; any buffer when has_sinks is 0
   MS_ATTN_SEQUENCES = 9,     // MSSequence [num_seqs]
+};
+
+// attention on a GPU: decode, decode with what comes before it inside, mixed. Its bindings are in kernels/gpu/attention.py.
+typedef struct {
+  uint32_t num_q_heads;
+  uint32_t num_kv_heads;
+  uint32_t block_shift;   // log2 of the tokens in a KV block
+  uint32_t window;        // positions a row sees, itself included; 0: all
+  uint32_t q_offset;      // elements
+  uint32_t q_row_stride;  // elements
+  uint32_t has_sinks;     // 1: one float32 logit per q head joins the softmax's denominator
+  uint32_t splits;        // pieces of a context at most; the last has all that is left. 1: no pieces
+  uint32_t split_len;     // visible positions in a piece
+  float scale;
+  float softcap;          // 0: none; else scores become softcap * tanh(score / softcap)
+  // What is done inside, before a row attends:
+  uint32_t k_offset;      // elements, of the row's new keys
+  uint32_t k_row_stride;  // elements
+  uint32_t v_offset;
+  uint32_t v_row_stride;
+  uint32_t q_norm;        // ms_head_norm
+  uint32_t k_norm;
+  float q_eps;            // added to the mean square
+  float k_eps;
+  uint32_t rope_dims;     // first elements of a head that are rotated; 0: none
+  uint32_t traditional;   // 1: neighbours make a pair, else halves of rope_dims
+} MSGpuAttentionParams;
+
+enum ms_head_norm {
+  MS_HEAD_NORM_NONE = 0,
+  MS_HEAD_NORM_PLAIN = 1,   // without a weight
+  MS_HEAD_NORM_WEIGHT = 2,
 };
 
 // ---- sampling ---------------------------------------------------------------------------------------------------------

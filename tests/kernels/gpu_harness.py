@@ -1,0 +1,25 @@
+"""Runs a GPU op's launches on simulated Metal (or the Mac's own) with numpy arrays in and out."""
+from __future__ import annotations
+
+import numpy as np
+from harness import Harness
+
+from metalstep.kernels import params
+from metalstep.kernels.linear import PackedWeight
+
+DEVICE = "metal"
+
+
+class GpuHarness(Harness):
+    """As Harness, on a GPU; weights stay in MLX's layout."""
+
+    def __init__(self) -> None:
+        super().__init__(device=DEVICE)
+
+    def pack(self, weight: np.ndarray, *, bits: int, group_size: int, dtype: int, n: int, k: int, **pointers: np.ndarray) -> PackedWeight:
+        """`weight` (uint32 words, or dense elements as stored) with its scales and biases, each a buffer."""
+        planes = {name: self.put(array) for name, array in pointers.items()}
+        return PackedWeight(self.put(weight), n, k, bits, group_size, dtype, **planes)
+
+    def element_bytes(self, dtype: int) -> int:
+        return 4 if dtype == params.MS_FLOAT32 else 2
