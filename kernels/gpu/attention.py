@@ -1,0 +1,347 @@
+"""Attention over the paged KV cache on a GPU: rows by themselves (decode), and rows of a sequence together (mixed).
+
+Planes: keys [block, kv_head, block_size, head_dim], values [block, kv_head, block_size, value_dim]. Reference: kernels/attention.py.
+"""
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass
+
+from metalstep.kernels import check, params
+from metalstep.kernels.gpu.bench_case import ACTIVATION_BYTES, EPS, KV_DTYPES, BenchCase, BenchSizes, Inputs
+from metalstep.kernels.launch import Buffer, KernelCode, Launch
+from metalstep.kernels.linear import Norm
+from metalstep.kernels.step import StepBuffers
+
+OP = "attention"
+TYPES = {params.MS_FLOAT32: "float", params.MS_FLOAT16: "half", params.MS_BFLOAT16: "bfloat"}
+SPLIT_LEN = 256  # visible positions of a piece of a context
+SIMD = 32  # lanes
+MIXED_FROM = 8  # rows of a benchmark, from which on they may be of one prompt
+THREADGROUP_BYTES = 32768  # of memory, the most that Apple's GPUs have
+
+# Defaults taken from the prototype and from MLX's kernels, not measured on Apple's hardware.
+# decode: registers of a thread for queries and sums, positions that a lane has at a time, simdgroups, and bytes of threadgroup memory
+# to merge their results, each at most. mixed: rows of the matrices, tiles of 8 of them that a simdgroup has; positions of a tile, for
+# heads of up to `short` elements or longer ones; elements that a simdgroup has at most; threadgroups that share a tile's runs, at most.
+TUNING = {
+    "apple": {
+        "decode": {"registers": 64, "positions": 2, "simdgroups": 8, "merged_bytes": 8192},
+        "mixed": {"matrix_rows": 32, "tiles": 1, "short": 96, "short_positions": 32, "long_positions": 16, "elements": 128, "runs": 8},
+    }
+}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """float32 rows of a buffer: offset of the first and row_stride in elements."""
+
+    buffer: Buffer
+    offset: int
+    row_stride: int
+
+
+@dataclass(frozen=True)
+class Inside:
+    """What a decode launch does before its rows attend: each is the newest token of a sequence of its own.
+
+    k [num_kv_heads, head_dim] and v [num_kv_heads, value_dim] of each row, as the linear before left them. q_norm, k_norm: of each head,
+    weight float32 [head_dim] or None; no norm: None. angles: float32 [max_tokens, rope_dims], cosines then sines (kernels/rope.py), of the
+    first rope_dims elements of each head; None: no rotation. The step's slot_mapping says where keys and values are written.
+    """
+
+    k: Rows
+    v: Rows
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+    angles: Buffer | None = None
+    rope_dims: int = 0
+    traditional: bool = False
+
+
+@dataclass(frozen=True)
+class DecodeGeometry:
+    """Template arguments of attention_decode: query heads of a threadgroup, lanes and positions of a read, simdgroups, heads that their
+    results are merged of at a time."""
+
+    heads: int
+    lanes: int
+    positions: int
+    simdgroups: int
+    merged: int
+
+    def threadgroup_bytes(self, head_dim: int, value_dim: int, element_bytes: int, inside: bool) -> int:
+        """Threadgroup memory of the kernel, in bytes."""
+        merged = self.simdgroups * self.merged * (value_dim + 2) * 4
+        return merged + (self.heads * head_dim * 4 + (head_dim + value_dim) * element_bytes if inside else 0)
+
+
+@dataclass(frozen=True)
+class MixedGeometry:
+    """Template arguments of attention_mixed: query heads of a threadgroup, 8-row tiles of a simdgroup, simdgroups, parts that elements
+    are divided in, positions of a tile; and threadgroups that share a tile's runs."""
+
+    heads: int
+    tiles: int
+    simdgroups: int
+    parts: int
+    positions: int
+    runs: int
+
+    @property
+    def rows(self) -> int:
+        """Rows of the step that a threadgroup has."""
+        return self.simdgroups // self.parts * self.tiles * 8 // self.heads
+
+    def threadgroup_bytes(self, head_dim: int, value_dim: int, element_bytes: int) -> int:
+        """Threadgroup memory of the kernel, in bytes."""
+        tile = self.positions * (max(head_dim, value_dim) * element_bytes + 16)
+        partial = self.simdgroups * self.tiles * self.positions * 8 * 4 if self.parts > 1 else 4
+        return tile + partial + self.rows * 5 * 4 + self.positions * 2 * 4
+
+
+def decode_geometry(group: int, head_dim: int, value_dim: int, device: str = "apple") -> DecodeGeometry:
+    """Geometry for `group` query heads of a kv head: all of them in a threadgroup where the registers suffice."""
+    tuning = TUNING[device]["decode"]
+    options = []
+    for lanes in (8, 16, 32):
+        most = max(1, tuning["registers"] // _registers(head_dim, value_dim, lanes))
+        options.append((-(-group // most), lanes))
+    slices, lanes = min(options)
+    heads, simdgroups = -(-group // slices), tuning["simdgroups"]
+    while simdgroups > 1 and simdgroups * value_dim * 4 > tuning["merged_bytes"]:
+        simdgroups //= 2
+    merged = min(heads, max(1, tuning["merged_bytes"] // (simdgroups * value_dim * 4)))
+    return DecodeGeometry(heads, lanes, tuning["positions"], simdgroups, merged)
+
+
+def _registers(head_dim: int, value_dim: int, lanes: int) -> int:
+    """Of a thread, for one query head's elements and sums."""
+    return 4 * (-(-head_dim // (4 * lanes)) + -(-value_dim // (4 * lanes)))
+
+
+def mixed_geometry(group: int, head_dim: int, value_dim: int, element_bytes: int, device: str = "apple") -> MixedGeometry:
+    """Geometry for `group` query heads of a kv head. Raises: ValueError for heads whose tiles do not fit the threadgroup memory."""
+    tuning = TUNING[device]["mixed"]
+    longest = max(head_dim, value_dim)
+    divisors = [parts for parts in (1, 2, 4) if head_dim % (8 * parts) == 0 and value_dim % (8 * parts) == 0]
+    parts = next((parts for parts in divisors if longest <= tuning["elements"] * parts), divisors[-1])
+    tiles = tuning["tiles"]
+    simdgroups = min(tuning["matrix_rows"] // (8 * tiles) * parts, 8)
+    slices = -(-group // (simdgroups // parts * tiles * 8))
+    positions = tuning["short_positions"] if longest <= tuning["short"] else tuning["long_positions"]
+    while True:
+        geometry = MixedGeometry(-(-group // slices), tiles, simdgroups, parts, positions, tuning["runs"])
+        if geometry.threadgroup_bytes(head_dim, value_dim, element_bytes) <= THREADGROUP_BYTES:
+            return geometry
+        if positions == 8:
+            raise ValueError(
+                f"{OP}: tiles of head_dim {head_dim} and value_dim {value_dim} take more than {THREADGROUP_BYTES} bytes of threadgroup"
+                " memory; use the decode variant, or a cache of float16"
+            )
+        positions //= 2
+
+
+def workspace_bytes(num_q_heads: int, value_dim: int, max_rows: int, splits: int) -> int:
+    """Bytes of the workspace of a decode launch; 0 without pieces."""
+    return max_rows * num_q_heads * splits * (value_dim + 2) * 4 if splits > 1 else 0
+
+
+def launches(
+    q: Buffer,
+    q_offset: int,
+    q_row_stride: int,
+    k_plane: Buffer,
+    v_plane: Buffer,
+    out: Buffer,
+    step: StepBuffers,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    value_dim: int,
+    block_size: int,
+    kv_dtype: int,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    sinks: Buffer | None = None,
+    max_rows: int,
+    group: int = 0,
+    variant: str = "decode",
+    splits: int = 1,
+    split_len: int = SPLIT_LEN,
+    inside: Inside | None = None,
+    workspace: Buffer | None = None,
+    device: str = "apple",
+) -> list[Launch]:
+    """Attend with q (float32 rows of num_q_heads * head_dim elements from `q_offset`, `q_row_stride` elements apart) over the planes.
+
+    variant: "decode" takes each row by itself: a row's result is the same bits in any step. "mixed" takes rows of a sequence that follow
+    one another together. Both take any rows. out: float32 [max_rows, num_q_heads, value_dim].
+    splits: decode only: pieces of a context at most, split_len visible positions each but the last, which has the rest; their partial
+    results go through `workspace` (workspace_bytes) and a second launch. A row of one piece is the same bits with any number of splits.
+    inside: decode only: q holds raw queries, and the launch norms, rotates and writes to the cache.
+    Units: window, split_len and block_size in positions (window 0: all; step.sequences has each sequence's own), q_offset and
+    q_row_stride in elements. kv_dtype: ms_dtype of the planes. group: of the layers that share this one's block tables.
+    Changes in place: out, workspace, and with `inside` the planes.
+    Raises: ValueError for sizes, dtypes or options that do not fit.
+    """
+    check.divides(OP, "num_q_heads", num_q_heads, "num_kv_heads", num_kv_heads)
+    for name, dim in (("head_dim", head_dim), ("value_dim", value_dim)):
+        if dim < 16 or dim > 1024 or dim % 8:
+            raise ValueError(f"{OP}: {name} is {dim}, expected a multiple of 8 from 16 to 1024; pad the heads")
+    if block_size < 8 or block_size & (block_size - 1):
+        raise ValueError(f"{OP}: block_size is {block_size}, expected a power of two from 8")
+    if kv_dtype not in TYPES:
+        raise ValueError(f"{OP}: kv_dtype is {kv_dtype}, expected that of float32, float16 or bfloat16")
+    if not math.isfinite(scale) or not math.isfinite(softcap) or softcap < 0:
+        raise ValueError(f"{OP}: scale is {scale} and softcap {softcap}, expected finite numbers, softcap 0 or more")
+    if window < 0 or max_rows < 1:
+        raise ValueError(f"{OP}: window is {window} and max_rows {max_rows}, expected 0 or more and 1 or more")
+    if variant not in ("decode", "mixed"):
+        raise ValueError(f"{OP}: variant is {variant!r}, expected 'decode' or 'mixed'")
+    if device not in TUNING:
+        raise ValueError(f"{OP}: device is {device!r}, expected {' or '.join(TUNING)}")
+    check.shape(OP, "k_plane", k_plane, (k_plane.shape[0], num_kv_heads, block_size, head_dim), "[block, kv_head, block_size, head_dim]")
+    check.shape(OP, "v_plane", v_plane, (v_plane.shape[0], num_kv_heads, block_size, value_dim), "[block, kv_head, block_size, value_dim]")
+    for name, buffer, elements in (("q", q, q_offset | q_row_stride), ("k_plane", k_plane, 0), ("v_plane", v_plane, 0)):
+        if buffer.offset % 16 or elements % 4:
+            raise ValueError(
+                f"{OP}: {name} starts at byte {buffer.offset}"
+                + (f" and has rows at {q_offset} + i * {q_row_stride} elements" if name == "q" else "")
+                + ", expected multiples of 16 bytes"
+            )
+    if splits < 1 or split_len < 1:
+        raise ValueError(f"{OP}: splits is {splits} and split_len {split_len}, expected 1 or more")
+    if variant == "mixed" and (splits > 1 or inside is not None):
+        raise ValueError(f"{OP}: the mixed variant has neither splits nor anything inside; use decode")
+    needed = workspace_bytes(num_q_heads, value_dim, max_rows, splits)
+    if needed and (workspace is None or workspace.nbytes < needed):
+        have = "none" if workspace is None else f"one of {workspace.nbytes} bytes"
+        raise ValueError(f"{OP}: {splits} splits need a workspace of {needed} bytes, and there is {have} (workspace_bytes)")
+
+    fields = dict(
+        num_q_heads=num_q_heads,
+        num_kv_heads=num_kv_heads,
+        block_shift=block_size.bit_length() - 1,
+        window=window,
+        q_offset=q_offset,
+        q_row_stride=q_row_stride,
+        has_sinks=int(sinks is not None),
+        splits=splits,
+        split_len=split_len,
+        scale=scale,
+        softcap=softcap,
+    )
+    if inside is not None:
+        fields |= _inside_fields(inside, head_dim, value_dim, num_kv_heads)
+    constants = params.pack("MSGpuAttentionParams", **fields)
+    given_sinks = sinks or step.step  # never read without has_sinks
+    before = [step.step, step.positions, step.seq_ids, step.block_tables[group], step.sequences, q, k_plane, v_plane, out, given_sinks]
+    kv_type, heads_of_kv = TYPES[kv_dtype], num_q_heads // num_kv_heads
+    dims = f"{head_dim}, {value_dim}"
+    if variant == "mixed":
+        mixed = mixed_geometry(heads_of_kv, head_dim, value_dim, 4 if kv_dtype == params.MS_FLOAT32 else 2, device)
+        m = mixed
+        name = f"attention_mixed_{kv_type}_d{head_dim}_v{value_dim}_h{m.heads}_r{m.tiles}_s{m.simdgroups}_p{m.parts}_b{m.positions}"
+        arguments = f"{kv_type}, {dims}, {m.heads}, {m.tiles}, {m.simdgroups}, {m.parts}, {m.positions}"
+        code = KernelCode(("attention_mixed",), f"MS_INSTANCE({name}, attention_mixed<{arguments}>)")
+        slices, tiles = -(-heads_of_kv // m.heads), -(-max_rows // m.rows)
+        grid = (num_kv_heads * slices, tiles, min(m.runs, m.rows))
+        return [Launch(name, before, constants, grid, (m.simdgroups * SIMD, 1, 1), code=code)]
+
+    d = decode_geometry(heads_of_kv, head_dim, value_dim, device)
+    kernel = "attention_decode" if inside is None else "attention_decode_inside"
+    name = f"{kernel}_{kv_type}_d{head_dim}_v{value_dim}_h{d.heads}_l{d.lanes}_u{d.positions}_s{d.simdgroups}_m{d.merged}"
+    arguments = f"{kv_type}, {dims}, {d.heads}, {d.lanes}, {d.positions}, {d.simdgroups}, {d.merged}"
+    code = KernelCode(("attention_decode",), f"MS_INSTANCE({name}, {kernel}<{arguments}>)")
+    bindings = [*before, workspace or out]
+    if inside is not None:
+        weights = [norm.weight if norm is not None else None for norm in (inside.q_norm, inside.k_norm)]
+        # What is not there is never read: the step stands in for it.
+        bindings += [
+            step.slot_mappings[group], inside.angles or step.step, inside.k.buffer, inside.v.buffer, *[w or step.step for w in weights],
+        ]  # fmt: skip
+    grid = (num_kv_heads * -(-heads_of_kv // d.heads), splits, max_rows)
+    result = [Launch(name, bindings, constants, grid, (d.simdgroups * SIMD, 1, 1), code=code)]
+    if splits > 1:
+        assert workspace is not None
+        name = f"attention_reduce_v{value_dim}"
+        code = KernelCode(("attention_decode",), f"MS_INSTANCE({name}, attention_reduce<{value_dim}>)")
+        bindings = [step.step, step.positions, step.seq_ids, step.sequences, workspace, given_sinks, out]
+        threads = (-(-value_dim // SIMD) * SIMD, 1, 1)
+        result.append(Launch(name, bindings, constants, (num_q_heads, max_rows, 1), threads, barrier=True, code=code))
+    return result
+
+
+def _inside_fields(inside: Inside, head_dim: int, value_dim: int, num_kv_heads: int) -> dict[str, int | float]:
+    """The fields of MSGpuAttentionParams for what is done inside. Raises: ValueError for what does not fit."""
+    dims = inside.rope_dims
+    if (inside.angles is None) != (dims == 0) or dims % 2 or not 0 <= dims <= head_dim:
+        raise ValueError(
+            f"{OP}: rope_dims is {dims} with{'out' if inside.angles is None else ''} angles, expected an even number up to head_dim"
+            f" {head_dim}, and 0 without them"
+        )
+    if inside.angles is not None and inside.angles.shape[-1] != dims:
+        raise ValueError(f"{OP}: angles has shape {inside.angles.shape}, expected (max_tokens, {dims}) (rope_dims)")
+    for name, rows, width in (("k", inside.k, head_dim), ("v", inside.v, value_dim)):
+        if rows.offset < 0 or rows.row_stride < num_kv_heads * width:
+            raise ValueError(f"{OP}: rows of {name} are {rows.row_stride} elements apart, expected {num_kv_heads * width} or more")
+    fields: dict[str, int | float] = dict(
+        k_offset=inside.k.offset,
+        k_row_stride=inside.k.row_stride,
+        v_offset=inside.v.offset,
+        v_row_stride=inside.v.row_stride,
+        rope_dims=dims,
+        traditional=int(inside.traditional),
+    )
+    for name, norm in (("q", inside.q_norm), ("k", inside.k_norm)):
+        if norm is None:
+            continue
+        if norm.weight is not None and (math.prod(norm.weight.shape) != head_dim or norm.weight.dtype != "float32"):
+            raise ValueError(
+                f"{OP}: the weight of {name}'s norm is {norm.weight.dtype} {norm.weight.shape}, expected float32 ({head_dim},) (head_dim)"
+            )
+        if not math.isfinite(norm.eps) or norm.eps < 0:
+            raise ValueError(f"{OP}: eps of {name}'s norm is {norm.eps}, expected a finite number, 0 or more")
+        fields[f"{name}_norm"] = params.MS_HEAD_NORM_PLAIN if norm.weight is None else params.MS_HEAD_NORM_WEIGHT
+        fields[f"{name}_eps"] = norm.eps
+    return fields
+
+
+def bench_cases(sizes: BenchSizes) -> list[BenchCase]:
+    """decode: as many sequences as rows, norms, rotation and cache inside; mixed: the last rows of one prompt. All of a context is seen."""
+    q = sizes.num_q_heads * sizes.head_dim
+    cases = []
+    for rows, context in itertools.product(sizes.rows, sizes.contexts):
+        kinds = [("decode", rows, context)] if rows <= sizes.max_sampled else []
+        kinds += [("mixed", 1, max(rows, context))] if rows >= MIXED_FROM else []
+        for variant, sequences, length in kinds:
+            seen = rows * length - (rows - sequences) * rows // 2  # positions, of all rows
+            read = rows * (sizes.qkv_size if variant == "decode" else q)
+            nbytes = sequences * length * sizes.position_bytes + (read + rows * q) * ACTIVATION_BYTES
+            made = functools.partial(_bench_launches, sizes, variant, rows, sequences, length)
+            cases.append(BenchCase(OP, variant, rows, length, nbytes, 2 * seen * q, made))
+    return list({case.name: case for case in cases}.values())
+
+
+def _bench_launches(sizes: BenchSizes, variant: str, rows: int, sequences: int, context: int, inputs: Inputs) -> list[Launch]:
+    dim, widths = sizes.head_dim, {"q": sizes.num_q_heads * sizes.head_dim, "k": sizes.num_kv_heads * sizes.head_dim}
+    q, out = inputs.activation("q", (rows, widths["q"])), inputs.activation("out", (rows, sizes.num_q_heads, dim))
+    inside, splits = None, 1
+    if variant == "decode":
+        q_norm, k_norm = (Norm(inputs.activation(name, (dim,)), EPS) if sizes.head_norms else None for name in ("q_norm", "k_norm"))
+        keys, values = (Rows(inputs.activation(name, (rows, widths["k"])), 0, widths["k"]) for name in ("k", "v"))
+        inside = Inside(keys, values, q_norm, k_norm, inputs.activation("angles", (rows, sizes.rope_dims)), sizes.rope_dims)
+        while splits * sizes.split_len < context:
+            splits *= 2
+    nbytes = workspace_bytes(sizes.num_q_heads, dim, rows, splits)
+    return launches(
+        q, 0, widths["q"], *sizes.planes(inputs, sequences, context), out, inputs.step(rows, context=context, sequences=sequences),
+        num_q_heads=sizes.num_q_heads, num_kv_heads=sizes.num_kv_heads, head_dim=dim, value_dim=dim, block_size=sizes.block_size,
+        kv_dtype=KV_DTYPES[sizes.kv_dtype], scale=dim**-0.5, max_rows=rows, variant=variant, splits=splits, split_len=sizes.split_len,
+        inside=inside, workspace=inputs.activation("workspace", (nbytes,), "uint8") if nbytes else None,
+    )  # fmt: skip
