@@ -2,37 +2,19 @@
 
 The simulator cannot see these mistakes: for it all memory is one. Apple's compiler refuses them.
 """
-import os
-import re
-import shutil
-import subprocess
 from importlib import resources
-from pathlib import Path
 
 import pytest
+from address_spaces import CLANG, messages
 
 from metalstep.kernels.metal_source import metal_source
 
-CLANG = shutil.which(os.environ.get("METALSTEP_CLANG", "clang++"))
-DECLARATIONS = Path(__file__).parent / "lint"  # <metal_stdlib>
-FLAGS = [
-    "-x", "c++", "-std=c++17", "-fsyntax-only", "-D__METAL_VERSION__=310", f"-I{DECLARATIONS}",
-    "-Wall", "-Werror", "-Wno-unknown-attributes", "-Wno-unused",
-]  # fmt: skip
 KERNELS = sorted(
     path.name.removesuffix(".metal") for path in resources.files("metalstep.metal").iterdir() if path.name.endswith(".metal")
 )
 HEAD = "#include <metal_stdlib>\nusing namespace metal;\n"
 
 pytestmark = pytest.mark.skipif(CLANG is None, reason="no clang++: put it on PATH or set METALSTEP_CLANG")
-
-
-def messages(source: str) -> str:
-    """What clang says of `source`. Two things that only Apple's compiler takes are put into C++ first: attributes of an
-    explicit instantiation, and threadgroup variables, which are static in everything but name."""
-    source = source.replace("template [[host_name(#name)]] [[kernel]]", "template")
-    source = re.sub(r"^(\s*)(threadgroup\b[^;*&(]*;)", r"\1static \2", source, flags=re.MULTILINE)
-    return subprocess.run([str(CLANG), *FLAGS, "-"], input=source, capture_output=True, text=True).stderr
 
 
 @pytest.mark.parametrize("name", KERNELS)

@@ -1,0 +1,100 @@
+"""Sources of GPU kernels without a GPU: those of every instance that a launch can ask for, and those that whole models ask for."""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count, product
+
+from metalstep.kernels import params
+from metalstep.kernels.gpu import attention, library, linear, sample, step_advance
+from metalstep.kernels.launch import Buffer, Launch
+from metalstep.kernels.linear import Input, Norm, PackedWeight, Segment, first_buffer_slot
+from metalstep.kernels.program import Program
+from metalstep.kernels.step import StepBuffers
+
+DTYPES = {"f32": params.MS_FLOAT32, "f16": params.MS_FLOAT16, "bf16": params.MS_BFLOAT16}
+FORMATS = [*product((2, 3, 4, 5, 6, 8), (32, 64, 128)), (16, 0)]
+ROWS = (1, 2, 3, 4, 16, 64)  # of plans: both sides of every change of kernel
+HEADS = [(4, 64), (3, 80), (4, 96), (2, 128), (1, 256)]  # query heads for each KV head, head_dim
+
+_handles = count(1)
+
+
+def buffer(*shape: int, dtype: str = "float32") -> Buffer:
+    return Buffer(next(_handles), 0, shape, dtype)
+
+
+def step_buffers() -> StepBuffers:
+    grouped = {"slot_mappings", "block_tables"}
+    names = StepBuffers.__dataclass_fields__
+    return StepBuffers(**{name: (buffer(64),) if name in grouped else buffer(64) for name in names})
+
+
+def linear_launches(bits: int, group: int, dtype: str, rows: int) -> list[Launch]:
+    """silu(gate) * up with a residual, the input normed where few rows ask for it."""
+    n, k, code = 96, 256, DTYPES[dtype]
+    dense = bits >= 16
+    width = (32 if dtype == "f32" else 16) if dense else bits
+
+    def weight() -> PackedWeight:
+        planes = [] if dense else [buffer(n, k // group), buffer(n, k // group)]
+        return PackedWeight(buffer(n, k), n, k, width, group, code, *planes)
+
+    weights, program = [weight(), weight()], Program(epilogue=True)
+    gate, up = program.register(n), program.register(n)
+    slot = first_buffer_slot([weights])
+    old = program.load(slot, n, rows=params.MS_ROW_SELF, row_stride=n)
+    sigmoid, product_, out = (program.register(n) for _ in range(3))
+    program.emit(params.MS_OP_SIGMOID, sigmoid, gate, n=n)
+    program.emit(params.MS_OP_MUL, product_, sigmoid, up, n=n)
+    program.emit(params.MS_OP_ADD, out, product_, old, n=n)
+    program.store(out, slot + 1, row_stride=n)
+    norm = Norm(buffer(k), 1e-6) if rows <= 16 else None
+    x = Input(buffer(rows, k), 0, k, norm=norm)
+    buffers = [buffer(rows, n), buffer(rows, n)]
+    return linear.launches(x, [Segment(weights, program)], step_buffers(), buffers, params.MS_ROWS_TOKENS, rows)
+
+
+def attention_launches(heads: int, dim: int, dtype: str, variant: str) -> list[Launch]:
+    """variant: decode, inside, or mixed."""
+    k, v = buffer(8, 2, 16, dim), buffer(8, 2, 16, dim)
+    norm = Norm(buffer(dim), 1e-6)
+    rows = attention.Rows(buffer(4, 2 * dim), 0, 2 * dim)
+    angles = buffer(4, dim)
+    inside = attention.Inside(rows, rows, norm, norm, angles, dim) if variant == "inside" else None
+    splits = 1 if variant == "mixed" else 2
+    workspace = Buffer(next(_handles), 0, (attention.workspace_bytes(2 * heads, dim, 4, splits),), "uint8")
+    return attention.launches(
+        buffer(4, 2 * heads * dim), 0, 2 * heads * dim, k, v, buffer(4, 2 * heads, dim), step_buffers(),
+        num_q_heads=2 * heads, num_kv_heads=2, head_dim=dim, value_dim=dim, block_size=16, kv_dtype=DTYPES[dtype], scale=0.1,
+        max_rows=4, variant="mixed" if variant == "mixed" else "decode", splits=splits, inside=inside, workspace=workspace,
+    )  # fmt: skip
+
+
+def sampler_launches(vocab_size: int) -> list[Launch]:
+    step, workspace = step_buffers(), Buffer(next(_handles), 0, (sample.workspace_bytes(vocab_size, 2),), "uint8")
+    options = dict(vocab_size=vocab_size, max_rows=2, max_top=20, history_stride=64)
+    return [
+        *sample.launches(buffer(2, vocab_size), step, workspace=workspace, **options),
+        *step_advance.launches(step, block_size=16, max_rows=2),
+    ]
+
+
+def instances() -> dict[str, Callable[[], list[Launch]]]:
+    """Launches by the name of what they cover: every format, head and vocabulary."""
+    found: dict[str, Callable[[], list[Launch]]] = {}
+    for (bits, group), dtype, rows in product(FORMATS, DTYPES, ROWS):
+        found[f"linear-{bits}bit-g{group}-{dtype}-{rows}rows"] = lambda b=bits, g=group, d=dtype, r=rows: linear_launches(b, g, d, r)
+    for (heads, dim), dtype, variant in product(HEADS, DTYPES, ("decode", "inside", "mixed")):
+        found[f"attention-{variant}-{heads}x{dim}-{dtype}"] = lambda h=heads, n=dim, d=dtype, v=variant: attention_launches(h, n, d, v)
+    for vocab_size in (97, 5000, 151936):
+        found[f"sampler-{vocab_size}"] = lambda n=vocab_size: sampler_launches(n)
+    return found
+
+
+def covering(names: list[str], every: int = 13) -> set[str]:
+    """Names of the default run: one of `every`, a step that is prime to the number of dtypes and rows, so that all of each occur."""
+    return {name for i, name in enumerate(names) if i % every == 0}
+
+
+def texts(launches: list[Launch]) -> Iterator[str]:
+    yield from library.sources(launches, set())
