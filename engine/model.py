@@ -22,6 +22,7 @@ from metalstep.plan.target import Target
 from metalstep.token_ids import batch_ids, check_tokens
 
 DEVICES = ("host", "metal", "metal-sim", "eager")
+DEFAULT_DEVICE = "metal" if sys.platform == "darwin" else "host"
 
 
 class Model:
@@ -153,8 +154,8 @@ def load(
     "int8" (faster with many rows, less exact). batch_invariant: a request's logits are the same bits whatever else is in its batch;
     always so on the host device, slower on a GPU. kv_dtype: float16, bfloat16 or float32. max_context: tokens of the longest sequence, at
     most the model's limit; None takes that limit or what fits. kv_memory: of the KV cache, in bytes, as text ("8GB"), or a fraction of
-    the free memory; None takes half of it, or what 64 sequences of max_context need if that is less; memory is taken when it is first
-    written.
+    the free memory; None takes half of it (a quarter on a GPU), or what 64 sequences of max_context need if that is less. The host device
+    takes memory when it is first written.
     tokenizer_config, model_config: overrides of the files' own, as in mlx-lm. lazy has no effect: weights are packed when loaded.
     Returns: (Model, mlx-lm TokenizerWrapper).
     Raises: CheckpointError for files that cannot be used; CaptureError with strict; ValueError for an option.
@@ -168,7 +169,7 @@ def load(
     ):
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(str(x) for x in known)}")
-    device = device or ("metal" if sys.platform == "darwin" else "host")
+    device = device or DEFAULT_DEVICE
     target: Target | None = None
     if device == "host":
         target = HostTarget(arithmetic)

@@ -26,7 +26,6 @@ MAX_SEQS = 64  # sequences that run at once
 MAX_RESULTS = 64  # rows of a step that are sampled, or whose logits are wanted
 MAX_STEPS = 32  # decode steps of one native call
 DEFAULT_CONTEXT = 4096  # tokens, when neither the model nor the caller says
-KV_MEMORY = 0.5  # of the free memory
 ANY_ROWS = (7, 5)  # tokens and sampled rows of a graph: a lowered graph's rows are data
 
 
@@ -34,8 +33,8 @@ class NativeModel:
     """A captured model on `device`. One engine drives it (metalstep.engine): steps share the arrays.
 
     max_context: tokens of the longest sequence, at most the model's own limit; None takes that limit or what fits. kv_memory: of the
-    cache, see memory_size; None takes half of the free memory, or what the longest sequences that can run at once need if that is
-    less. kv_dtype: float16, bfloat16 or float32. target: what the kind of device asks for.
+    cache, see memory_size; None takes the target's part of the free memory, or what the longest sequences that can run at once need if
+    that is less. kv_dtype: float16, bfloat16 or float32. target: what the kind of device asks for.
     Raises: CaptureError for an operation without a kernel; ValueError for an option.
     """
 
@@ -63,7 +62,8 @@ class NativeModel:
         if limit is not None and not (isinstance(limit, int) and limit > 0):
             raise ValueError(f"the config's max_position_embeddings is {limit!r}, expected a positive integer")
         self.model_context = limit
-        self.cache = self._make_cache(max_context, kv_memory, kv_dtype)
+        weight_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+        self.cache = self._make_cache(max_context, kv_memory, kv_dtype, weight_bytes)
         self.vocab_size = row_size(self._graph.outputs[0])
         self.arrays = StepArrays(
             device,
@@ -77,13 +77,16 @@ class NativeModel:
                 block_size=BLOCK_SIZE,
                 context=self.max_context,
                 vocab_size=self.vocab_size,
-                hidden_size=_embedding_size(self._graph),
+                hidden_size=embedding_size(self._graph),
             ),
         )
         self.slots = RequestSlots(self.arrays)
         self.decode_plan = self.plan_for(1, decode=True)
 
-    def _make_cache(self, max_context: int | None, kv_memory: int | float | str | None, kv_dtype: str) -> PagedKVCache:
+    def _make_cache(
+        self, max_context: int | None, kv_memory: int | float | str | None, kv_dtype: str, weight_bytes: int
+    ) -> PagedKVCache:
+        """weight_bytes: what the weights will take of the device's memory."""
         if kv_dtype not in DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {sorted(DTYPES)}")
         if max_context is not None and (isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 <= max_context < 2**31):
@@ -91,8 +94,9 @@ class NativeModel:
         context = max_context or self.model_context or DEFAULT_CONTEXT
         if self.model_context and context > self.model_context:
             raise ValueError(f"max_context is {max_context}, expected at most the model's own limit of {self.model_context} tokens")
-        free = self.device.info.memory_bytes
-        budget = memory_size("kv_memory", KV_MEMORY if kv_memory is None else kv_memory, free or None)
+        limit = self.device.info.memory_bytes
+        left = max(0, limit - weight_bytes) if limit else None
+        budget = memory_size("kv_memory", self.target.kv_memory if kv_memory is None else kv_memory, left)
         groups = cache_groups(self._graph)
         if not groups:
             raise CaptureError("a model without attention layers, whose state is not a KV cache")
@@ -164,7 +168,7 @@ class NativeModel:
             self.device.close()
 
 
-def _embedding_size(graph: Graph) -> int:
+def embedding_size(graph: Graph) -> int:
     """Elements of an embedding, 1 where the graph does not begin with one."""
     for node in graph.nodes:
         for part in node.attrs.get("body", [node]):

@@ -20,14 +20,25 @@ def reference(ids: mx.array, table: mx.array, embeddings: mx.array | None = None
 
 
 def emit(
-    program: Program, slot: int, width: int, vocab: int, bits: int, group_size: int, dtype: int, embeddings_slot: int
+    program: Program,
+    slot: int,
+    width: int,
+    vocab: int,
+    bits: int,
+    group_size: int,
+    dtype: int,
+    embeddings_slot: int,
+    scales_slot: int = 0,
+    biases_slot: int = 0,
 ) -> Register:
     """The row of this row's token.
 
-    slot: the packed table, described as an MSLinearPart describes a weight. embeddings_slot: float32 [any, width], what a token
-    t < 0 reads row -(t + 1) of; that it has this row is the caller's duty. A token from `vocab` on is NaN.
+    slot: the packed table, described as an MSLinearPart describes a weight; on a GPU its words or dense elements, with the slots of its
+    scales and biases. embeddings_slot: float32 [any, width], what a token t < 0 reads row -(t + 1) of; that it has this row is the
+    caller's duty. A token from `vocab` on is NaN.
     """
     out = program.register(width)
     dims = [bits, group_size, dtype, vocab]
-    program.emit(params.MS_OP_EMBEDDING, out, n=width, slot=slot, slot2=embeddings_slot, dims=dims)
+    planes = [scales_slot, biases_slot, 0, 0]
+    program.emit(params.MS_OP_EMBEDDING, out, n=width, slot=slot, slot2=embeddings_slot, dims=dims, strides=planes)
     return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
+import sys
 from pathlib import Path
 
 
@@ -21,4 +23,8 @@ def cpu_name() -> str:
                 return line.partition(":")[2].strip()
     except OSError:
         pass
+    if sys.platform == "darwin":
+        named = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True)
+        if named.returncode == 0 and named.stdout.strip():
+            return named.stdout.strip()  # "Apple M4 Max", where Python says "arm"
     return platform.processor() or "unknown processor"

@@ -29,12 +29,13 @@ def bench_quality(model: str, text: str = TEXT, *, max_tokens: int = 1024, **opt
             raise ValueError(f"the text has {len(ids)} tokens, expected at least 2; pass a longer --text")
         # The weights' values are the same; MLX's quantised matmul takes 0.1 s per token on a CPU.
         oracle = dequantize_model(eager.eager)
+        oracle.set_dtype(mx.float32)  # on a GPU the eager model has the checkpoint's own dtype
         expected = np.array(oracle(mx.array(ids)[None])[0].astype(mx.float32))
     native, _ = load(model, strict=True, **options)
     with native:
         description = native.device_description
         got = np.array(native(mx.array(ids)[None])[0])
-    return {"machine": machine(), "model": model, "device": description, **options, **compare(expected, got, ids)}
+    return {"machine": machine(), "model": model, **options, "device": description, **compare(expected, got, ids)}
 
 
 def compare(expected: np.ndarray, got: np.ndarray, ids: np.ndarray) -> dict[str, float | int]:

@@ -50,8 +50,10 @@ class MetalStep:
 
     def __init__(self, model: str, threads: int, max_context: int, **options: Any):
         import metalstep
+        from metalstep.model import DEFAULT_DEVICE
 
-        loaded, _ = metalstep.load(model, threads=threads, strict=True, max_context=max_context, **options)
+        own_threads = threads if (options.get("device") or DEFAULT_DEVICE) == "host" else None
+        loaded, _ = metalstep.load(model, threads=own_threads, strict=True, max_context=max_context, **options)
         self.version = f"metalstep {metalstep.__version__}, {loaded.device_description}"
         if loaded.native is None:  # strict raises before
             raise RuntimeError(loaded.fallback_reason)

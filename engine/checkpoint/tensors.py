@@ -43,6 +43,11 @@ class Tensor:
     def parameter_shape(self) -> tuple[int, ...]:
         return self.shape
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is stored; 0 for what is stored inside another tensor."""
+        return math.prod(self.shape) * ITEM_SIZES[self.dtype]
+
     def address(self) -> int:
         """Where the stored bytes begin, at any alignment; valid until the checkpoint is closed.
 
@@ -90,6 +95,10 @@ class FileTensor(Tensor):
             return self.shape
         return (*self.shape[:-1], self.shape[-1] * blocks.FORMATS[self.format].bits // 32)
 
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
+
     def address(self) -> int:
         return self.file.address(self.start)
 
@@ -120,6 +129,10 @@ class BlockPart(Tensor):
         super().__init__(name, shape, "float16")
         self._weight = weight
         self._part = part
+
+    @property
+    def nbytes(self) -> int:
+        return 0
 
     def address(self) -> int:
         raise CheckpointError(

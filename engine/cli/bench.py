@@ -1,4 +1,4 @@
-"""`metalstep bench`: speed against peers, where a step's time goes, quality against float32."""
+"""`metalstep bench`: speed against peers, where a step's time goes, the GPU kernels one by one, quality against float32."""
 
 from __future__ import annotations
 
@@ -7,18 +7,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from metalstep.cli.bench_kernels import kernels
 from metalstep.cli.bench_output import emit, print_head
 from metalstep.cli.bench_peers import decode, prefill
 from metalstep.cli.bench_steps import launches, sampling
 from metalstep.cli.parser import CommandError, Parser, add_load_options, positive
 
-HELP = """usage: metalstep bench decode|prefill|launches|sampling|quality [options]
+HELP = """usage: metalstep bench decode|prefill|launches|sampling|quality|kernels [options]
 
   decode    TTFT and decode speed of one sequence or a batch, in turns with mlx-lm and llama.cpp in one run on the same model
   prefill   speed of prompts, likewise
   launches  time of each kind of launch in a decode step, and of Python around it
   sampling  time of a decode step with filters, penalties and logprobs against a greedy one
   quality   KL divergence, top-1 agreement and perplexity against MLX in float32
+  kernels   time of the GPU kernels one by one, on shapes of public models
 
 examples:
   metalstep bench decode --against llama.cpp --batch 1,8,32
@@ -36,6 +38,7 @@ def main(argv: list[str]) -> int:
         "launches": launches,
         "sampling": sampling,
         "quality": quality,
+        "kernels": kernels,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
@@ -69,7 +72,7 @@ def quality(argv: list[str]) -> int:
     text = TEXT if args.text is None else sys.stdin.read() if args.text == "-" else Path(args.text).read_text()
     if not args.json:
         print_head(args.model, f"arithmetic {args.arithmetic}, KV {args.kv_dtype}, against MLX float32")
-    options = {name: getattr(args, name) for name in ("threads", "arithmetic", "kv_dtype", "kv_memory", "max_context")}
+    options = {name: getattr(args, name) for name in ("device", "threads", "arithmetic", "kv_dtype", "kv_memory", "max_context")}
     result = bench_quality(args.model, text, max_tokens=args.max_tokens, **options)
     emit(result, args.json, describe_quality)
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 from metalstep.bench.machine import machine
 from metalstep.bench.peers import PEERS
 from metalstep.cli.bench_output import HelpFormatter, emit, joined, print_head, progress
-from metalstep.cli.parser import CommandError, Parser, integers, positive
+from metalstep.cli.parser import CommandError, Parser, add_device_options, integers, positive
 from metalstep.cli.version import versions
 from metalstep.kernels.linear import ARITHMETIC
 from metalstep.native_model import MAX_SEQS, MAX_STEPS
@@ -102,6 +102,7 @@ def add_peer_options(p: Parser, examples: str) -> None:
         default="int16",
         help="of metalstep's quantised weights: int16 is near-exact (default), int8 is what llama.cpp computes with",
     )
+    add_device_options(p)
     p.add_argument(
         "--peers-python", metavar="PATH", help="the Python that has the peers (default: .venv-peers/bin/python)"
     )
@@ -139,7 +140,7 @@ def decode(argv: list[str]) -> int:
         batches=args.batch,
         threads=threads,
         decode_steps=args.decode_steps,
-        options={"arithmetic": args.arithmetic},
+        options={"arithmetic": args.arithmetic, "device": args.device, "batch_invariant": args.batch_invariant},
         peers_path=args.peers_python,
         progress=progress,
     )
@@ -161,7 +162,7 @@ def prefill(argv: list[str]) -> int:
         pairs=args.pairs,
         lengths=args.tokens,
         threads=threads,
-        options={"arithmetic": args.arithmetic},
+        options={"arithmetic": args.arithmetic, "device": args.device, "batch_invariant": args.batch_invariant},
         peers_path=args.peers_python,
         progress=progress,
     )

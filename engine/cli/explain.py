@@ -1,49 +1,118 @@
-"""`metalstep explain`: what one decode step launches, fuses and reads."""
+"""`metalstep explain`: what one decode step launches, fuses, reads and, predicted for a chip, takes."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections import Counter
 from typing import Any
 
-from metalstep.cli.parser import Parser, add_load_options, load_model
+from metalstep.chips import CHIPS, find_chip
+from metalstep.cli.parser import CommandError, Parser, add_load_options, load_model, positive
 
 MIB = 1 << 20
+CONTEXT = 1024  # tokens of each sequence, unless told otherwise
+PAPER_ALONE = ("batch", "context", "bits", "group_size")  # options of a plan on paper
 
 
 def parser() -> Parser:
     p = Parser(
         "metalstep explain",
         "Show how a model runs: launches per token and what each fused, barriers, bytes read per token, memory; "
-        "or why it runs eagerly.",
+        "or why it runs eagerly. With --chip or --shape the step is planned for an Apple GPU on paper, on any machine.",
     )
-    p.add_argument("model", metavar="MODEL", help="smollm2, a .gguf file, a directory or a Hugging Face id")
+    p.add_argument("model", metavar="MODEL", nargs="?", help="smollm2, a .gguf file, a directory or a Hugging Face id")
     p.add_argument("--json", action="store_true", help="everything as one JSON object")
     p.add_argument("--all", action="store_true", help="every launch in order instead of one row per kind")
+    paper = p.add_argument_group("a plan on paper, for --device metal")
+    paper.add_argument("--chip", metavar="NAME", help=f"predict what a step takes on this chip: {', '.join(CHIPS)}")
+    paper.add_argument("--shape", metavar="NAME", help="a public model's shape instead of MODEL: qwen3-0.6b, llama-3.2-1b, …")
+    paper.add_argument("--batch", type=positive, metavar="N", help="sequences that are decoded together (default: 1)")
+    paper.add_argument(
+        "--context", type=positive, metavar="TOKENS", help=f"tokens of each sequence (default: {CONTEXT}, or the model's limit)"
+    )
+    paper.add_argument("--bits", type=positive, metavar="N", help="of a shape's weights; 16: not quantised (default: 4)")
+    paper.add_argument("--group-size", type=positive, metavar="N", help="of a shape's quantised weights (default: 64)")
     add_load_options(p)
     return p
 
 
 def main(argv: list[str]) -> int:
-    """show what one token costs: launches and what each fused, barriers, bytes"""
+    """show what one token costs: launches and what each fused, barriers, bytes; on paper for any chip"""
     args = parser().parse_args(argv)
-    model, _ = load_model(args)
-    with model:
-        plan = {"model": args.model, "device_description": model.device_description, **model.explain()}
-    print(json.dumps(plan, indent=2) if args.json else "\n".join(describe(plan, args.all)))
+    if args.model and args.shape:
+        raise CommandError("MODEL and --shape exclude each other", "leave one of them out")
+    if not args.model and not args.shape:
+        raise CommandError("the following arguments are required: MODEL, or --shape NAME", "metalstep explain --help")
+    if args.shape or args.chip or (args.device == "metal" and sys.platform != "darwin"):
+        report = on_paper(args)
+    else:
+        _refuse(args, PAPER_ALONE, "is of a plan on paper", "add --chip m4-max, or --shape in place of MODEL")
+        model, _ = load_model(args)
+        with model:
+            report = {"model": args.model, "device_description": model.device_description, **model.explain()}
+    print(json.dumps(report, indent=2) if args.json else "\n".join(describe(report, args.all)))
     return 0
 
 
+def on_paper(args: argparse.Namespace) -> dict[str, Any]:
+    """The report of a step that is planned for Metal and not run."""
+    from metalstep.checkpoint import Checkpoint, open_checkpoint
+    from metalstep.explain import explain_on_paper
+    from metalstep.plan.gpu_target import GpuTarget
+    from metalstep.shapes import ShapeCheckpoint
+
+    if args.device not in (None, "metal"):
+        raise CommandError(f"--device {args.device} cannot be planned on paper", "use --device metal")
+    _refuse(args, ("threads", "kv_memory", "max_context"), "has no meaning on paper", "leave it out; --context says how long sequences are")
+    if args.arithmetic != "int16":
+        raise CommandError("--arithmetic is of the host device", "leave it out")
+    chip = None if args.chip is None else find_chip(args.chip)
+    checkpoint: Checkpoint
+    if args.shape:
+        checkpoint = shape = ShapeCheckpoint(args.shape, bits=args.bits or 4, group_size=args.group_size or 64)
+        quantisation = "bfloat16" if shape.bits == 16 else f"{shape.bits} bits in groups of {shape.group_size}"
+        about = {"model": args.shape, "shape": True, "shape_source": shape.shape.source, "quantisation": quantisation}
+    else:
+        _refuse(args, ("bits", "group_size"), "is of a shape's weights, and MODEL has its own", "leave it out, or use --shape")
+        checkpoint = open_checkpoint(args.model)
+        about = {"model": args.model}
+    with checkpoint:
+        context = args.context or min(CONTEXT, checkpoint.config.get("max_position_embeddings") or CONTEXT)
+        report = explain_on_paper(
+            checkpoint,
+            GpuTarget(),
+            chip=chip,
+            batch=args.batch or 1,
+            context=context,
+            kv_dtype=args.kv_dtype,
+            strict=args.strict,
+        )
+    return {**about, "device_description": "metal, planned on paper", **report}
+
+
+def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str, hint: str) -> None:
+    for name in names:
+        if getattr(args, name) is not None:
+            raise CommandError(f"--{name.replace('_', '-')} {why}", hint)
+
+
 def describe(plan: dict[str, Any], every: bool = False) -> list[str]:
-    """The plan in lines to read. plan: Model.explain() with `model` and `device_description`."""
+    """The plan in lines to read. plan: Model.explain() or explain_on_paper() with `model` and `device_description`."""
+    shape = f", its shape alone: {plan['quantisation']}" if plan.get("shape") else ""
     lines = [
-        f"model               {plan['model']} ({plan['model_type']}, {plan['file_bytes'] / MIB:.1f} MiB)",
+        f"model               {plan['model']} ({plan['model_type']}, {plan['file_bytes'] / MIB:.1f} MiB{shape})",
         f"device              {plan['device_description']}",
     ]
     if not plan["native"]:
         return [*lines, f"runs eagerly        {plan['fallback_reason']}"]
+    if plan.get("paper"):
+        lines += paper_totals(plan)
+        return lines + (every_launch if every else kinds)(plan["launches"])
+    if "arithmetic" in plan:
+        lines.append(f"arithmetic          {plan['arithmetic']}")
     lines += [
-        f"arithmetic          {plan['arithmetic']}",
         f"launches per token  {plan['launches_per_token']}, {plan['barriers_per_token']} of them behind a barrier",
         f"read per token      {plan['weight_bytes_per_token'] / MIB:.2f} MiB of weights, "
         f"{plan['kv_bytes_per_token']:,} bytes of KV cache per cached token",
@@ -53,13 +122,43 @@ def describe(plan: dict[str, Any], every: bool = False) -> list[str]:
     return lines + (every_launch if every else kinds)(plan["launches"])
 
 
+def paper_totals(plan: dict[str, Any]) -> list[str]:
+    """The lines of a step on paper, above its launches."""
+    sequences = "1 sequence" if plan["batch"] == 1 else f"{plan['batch']} sequences"
+    lines = [
+        f"step                a token of {sequences} with {plan['context']:,} tokens, KV cache {plan['kv_dtype']}",
+        f"launches per step   {plan['launches_per_token']}, {plan['barriers_per_token']} of them behind a barrier",
+        f"moved per step      {plan['weight_bytes_per_token'] / MIB:.2f} MiB of weights, {plan['kv_bytes_per_step'] / MIB:.2f} MiB of KV "
+        f"cache, {plan['other_bytes_per_step'] / MIB:.2f} MiB of activations and the like",
+        f"computed per step   {plan['flops_per_step'] / 1e9:.2f} GFLOP",
+        f"memory              arena {plan['arena_bytes']:,} bytes; {plan['kv_bytes_per_token']:,} bytes of KV cache per token",
+    ]
+    predicted = plan.get("prediction")
+    if predicted:
+        low, high = (time / 1e3 for time in predicted["step_us_range"])
+        slow, fast = predicted["tokens_per_s_range"]
+        lines += [
+            f"chip                {predicted['chip']}: {predicted['chip_gb_s']:g} GB/s, {predicted['chip_gpu_cores']} GPU cores, "
+            f"{predicted['chip_f32_tflops']:.1f} TFLOP/s",
+            f"predicted           {predicted['step_us'] / 1e3:.2f} ms a step ({low:.2f} to {high:.2f}), "
+            f"{predicted['tokens_per_s']:,.0f} tokens/s ({slow:,.0f} to {fast:,.0f})",
+            f"  each alone        launches {predicted['dispatch_us'] / 1e3:.2f} ms, memory {predicted['memory_us'] / 1e3:.2f}, arithmetic "
+            f"{predicted['arithmetic_us'] / 1e3:.2f}",
+            f"                    {predicted['label']}",
+        ]
+    return [*lines, ""]
+
+
 def every_launch(launches: list[dict[str, Any]]) -> list[str]:
     """One line per launch in order; `|` marks a barrier before it."""
-    rows = [f"{'launch':>6}   {'kernel':12} {'weight KiB':>10}  what it computes"]
+    timed = _timed(launches)
+    width = _kernel_width(launches)
+    rows = [f"{'launch':>6}   {'kernel':{width}} {'weight KiB':>10}{timed}  what it computes"]
     for index, launch in enumerate(launches):
         mark = "|" if launch["barrier"] else " "
+        time = f" {launch['predicted_us']:12.2f}" if timed else ""
         rows.append(
-            f"{index:6} {mark} {launch['kernel']:12} {launch['weight_bytes'] / 1024:10.1f}  {operations(launch)}"
+            f"{index:6} {mark} {launch['kernel']:{width}} {launch['weight_bytes'] / 1024:10.1f}{time}  {operations(launch)}"
         )
     return rows
 
@@ -68,13 +167,28 @@ def kinds(launches: list[dict[str, Any]]) -> list[str]:
     """One line per kind of launch (same kernel, same operations), in the order of their first appearance."""
     counts: Counter[tuple[str, str]] = Counter()
     weights: Counter[tuple[str, str]] = Counter()
+    times: dict[tuple[str, str], float] = {}
     for launch in launches:
         kind = (launch["kernel"], operations(launch))
         counts[kind] += 1
         weights[kind] += launch["weight_bytes"]
-    rows = [f"{'count':>6}  {'kernel':12} {'weight MiB':>10}  what it computes"]
-    rows += [f"{n:6}  {kind[0]:12} {weights[kind] / MIB:10.2f}  {kind[1]}" for kind, n in counts.items()]
+        times[kind] = times.get(kind, 0.0) + launch.get("predicted_us", 0.0)
+    timed = _timed(launches)
+    width = _kernel_width(launches)
+    rows = [f"{'count':>6}  {'kernel':{width}} {'weight MiB':>10}{timed}  what it computes"]
+    for kind, n in counts.items():
+        time = f" {times[kind]:12.1f}" if timed else ""
+        rows.append(f"{n:6}  {kind[0]:{width}} {weights[kind] / MIB:10.2f}{time}  {kind[1]}")
     return rows
+
+
+def _timed(launches: list[dict[str, Any]]) -> str:
+    """The heading of the column of predicted times; empty when there is none."""
+    return f" {'predicted µs':>12}" if any("predicted_us" in launch for launch in launches) else ""
+
+
+def _kernel_width(launches: list[dict[str, Any]]) -> int:
+    return max(12, *(len(launch["kernel"]) for launch in launches))
 
 
 def operations(launch: dict[str, Any]) -> str:

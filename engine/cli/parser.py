@@ -107,15 +107,25 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
-def add_load_options(parser: argparse.ArgumentParser) -> None:
-    """The options that `load_model` reads."""
-    group = parser.add_argument_group("how the model runs")
-    group.add_argument(
+def add_device_options(parser: argparse._ActionsContainer) -> None:
+    """Where the model runs."""
+    parser.add_argument(
         "--device",
         choices=DEVICES,
         help="metal: an Apple GPU (default on a Mac); host: the native step on the CPU (default elsewhere); metal-sim: the GPU's shaders "
         "simulated on the CPU, for tests; eager: mlx-lm's own graph through MLX",
     )
+    parser.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="a request's logits are the same bits in any batch; always so on the host device, slower on a GPU",
+    )
+
+
+def add_load_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `load_model` reads."""
+    group = parser.add_argument_group("how the model runs")
+    add_device_options(group)
     group.add_argument(
         "--threads", type=positive, metavar="N", help="threads of the host device (default: all that it may use)"
     )
@@ -152,6 +162,7 @@ def load_model(args: argparse.Namespace, **others: Any) -> tuple[Model, Any]:
     return load(
         args.model,
         device=args.device,
+        batch_invariant=args.batch_invariant,
         threads=args.threads,
         strict=args.strict,
         arithmetic=args.arithmetic,

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import mlx.core as mx
 import numpy as np
 
 from metalstep.capture.errors import CaptureError
@@ -22,15 +23,6 @@ class KVPlanes:
     block_size: int
     dtype: int
     group: int = 0
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the rows of a value lie. offset and row_stride in elements."""
-
-    buffer: Buffer
-    offset: int
-    row_stride: int
 
 
 @dataclass
@@ -53,7 +45,7 @@ class Placement:
             return None
         if view.row_stride:
             return None
-        data = np.array(root.data) if root.kind == "const" else self.weights.array(root.name)
+        data = _numbers(root) if root.kind == "const" else self.weights.array(root.name)
         return float(data.reshape(-1)[view.offset])
 
     def buffer(self, root: Value) -> Buffer:
@@ -64,9 +56,15 @@ class Placement:
             raise CaptureError(f"a constant {list(root.shape)} that differs from row to row")
         if root.kind == "const":
             if root not in self._constants:
-                self._constants[root] = self.weights.constant(np.array(root.data))
+                self._constants[root] = self.weights.constant(_numbers(root))
             return self._constants[root]
         return self.values[root]
+
+
+def _numbers(constant: Value) -> np.ndarray:
+    """As float32: numpy has no bfloat16, in which the constants of such a model are."""
+    assert constant.data is not None
+    return np.array(constant.data.astype(mx.float32))
 
 
 @dataclass

@@ -23,6 +23,7 @@ SHAPES = (PlanShape(1, 1), PlanShape(64, 64), PlanShape(512, 64))  # in the orde
 class HostTarget:
     """See Target. arithmetic: of quantised linears, see kernels/linear.py. A row's result never depends on its batch."""
 
+    kv_memory = 0.5  # memory is taken when it is first written
     norm_inputs = False
     keys_by_token = False
 

@@ -10,11 +10,12 @@ from metalstep.capture.graph import Graph, Node, Value
 from metalstep.capture.passes.attention_insides import Inside, Path, find_inside
 from metalstep.capture.passes.kinds import row_size
 from metalstep.kernels import params
+from metalstep.kernels.gpu import attention
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import Norm
 from metalstep.kernels.native import NativeDevice
 from metalstep.kernels.program import Program
-from metalstep.plan.bindings import KVPlanes, Placement, Rows, Slots
+from metalstep.plan.bindings import KVPlanes, Placement, Slots
 from metalstep.plan.hazards import Access, barriers
 from metalstep.plan.layout import row_view
 from metalstep.plan.linear_compiler import LinearCompiler
@@ -32,7 +33,8 @@ class LoweredLaunch:
     """A launch, what it touches, and what `explain` and `bench launches` say of it.
 
     ops: the primitives it replaces. Of a linear, rows: those of the step that it runs on, "tokens" or "sampled"; weight_elements: of
-    the weights that it multiplies each row by, without padding.
+    the weights that it multiplies each row by, without padding. Of attention, position_macs: products per row and position that it
+    sees; window: positions that a row sees at most, 0: all.
     """
 
     launch: Launch
@@ -41,6 +43,8 @@ class LoweredLaunch:
     rows: str = "tokens"
     weight_bytes: int = 0
     weight_elements: int = 0
+    position_macs: int = 0
+    window: int = 0
 
 
 @dataclass
@@ -294,18 +298,17 @@ class _Lowering:
         if inside is not None:
             reads += [inside.k.buffer, inside.v.buffer, *([inside.angles] if inside.angles else [])]
             writes += [planes.k, planes.v]
-        return self._entries(launches, reads, writes, _names(body))
+        macs = heads * (dim + out.shape[3])
+        return self._entries(launches, reads, writes, _names(body), position_macs=macs, window=attrs.get("window") or 0)
 
-    def _row(self, value: Value) -> Rows:
+    def _row(self, value: Value) -> attention.Rows:
         """Where the rows of a value lie."""
         view = row_view(value)
         if not view.contiguous:
             raise CaptureError(f"attention whose row is not contiguous: {value}")
-        return Rows(self.placement.buffer(view.root), view.offset, view.row_stride)
+        return attention.Rows(self.placement.buffer(view.root), view.offset, view.row_stride)
 
-    def _inside(self, found: Inside) -> Any:
-        from metalstep.kernels.gpu import attention
-
+    def _inside(self, found: Inside) -> attention.Inside:
         rope = found.q.rope
         return attention.Inside(
             k=self._row(found.k.source),

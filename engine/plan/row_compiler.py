@@ -161,8 +161,9 @@ class RowCompiler:
             table.name, vocab, width, node.attrs.get("bits", 16), node.attrs.get("group_size", 0)
         )
         slot, own_slot = self.slots.read(packed.buffer), self.slots.read(self.placement.embeddings)
+        affine = [self.slots.read(plane) for plane in (packed.scales, packed.biases) if plane is not None]
         self.registers[out] = embedding.emit(
-            self.program, slot, width, vocab, packed.bits, packed.group_size, packed.dtype, own_slot
+            self.program, slot, width, vocab, packed.bits, packed.group_size, packed.dtype, own_slot, *affine
         )
 
     def kv_write(self, node: Node) -> None:

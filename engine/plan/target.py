@@ -43,6 +43,7 @@ class Scratch(Protocol):
 class Target(Protocol):
     """A kind of device. The methods named after ops return launches; see the op's file in kernels/ for the meaning."""
 
+    kv_memory: float  # of the free memory, what a KV cache takes when nobody says
     norm_inputs: bool  # linears norm their input themselves (Input.norm) and take no other prologue
     keys_by_token: bool  # K planes are [block, kv_head, block_size, head_dim], else [block, kv_head, head_dim, block_size]
 

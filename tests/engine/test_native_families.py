@@ -68,3 +68,15 @@ def test_ragged_mixed_batches_give_each_sequence_its_own_bits(family):
             np.testing.assert_array_equal(plan.logits[i], alone[s][p])
             assert results[i]["token"] == alone[s][p].argmax()
             assert within(plan.logits[i], expected[s][p]) <= RANGE
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_checkpoints_in_bfloat16_give_what_their_rounded_weights_do(name, tmp_path):
+    model = build(name, quantized=False)
+    model.set_dtype(mx.bfloat16)
+    config = {"model_type": FAMILIES[name].model_type, **BASE, **FAMILIES[name].config}
+    write_model(tmp_path / name, model, config)
+    model.set_dtype(mx.float32)
+    native, _ = metalstep.load(tmp_path / name, strict=True)
+    with native:
+        assert within(native.engine.logits(TEXTS[1]), reference(model, TEXTS[1])) <= 10 * RANGE  # constants are bfloat16 in its code

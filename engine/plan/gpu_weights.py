@@ -1,0 +1,112 @@
+"""Weights on a GPU: as MLX has them, read from the mapped file itself where their place in it allows."""
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Mapping
+
+import mlx.core as mx
+import numpy as np
+
+from metalstep.capture.errors import CaptureError
+from metalstep.checkpoint import Tensor, blocks
+from metalstep.checkpoint.mapped_file import MappedFile
+from metalstep.checkpoint.tensors import ITEM_SIZES, FileTensor
+from metalstep.kernels import params
+from metalstep.kernels.launch import Buffer
+from metalstep.kernels.linear import PackedWeight
+from metalstep.kernels.native import DeviceBuffer, NativeDevice
+from metalstep.plan.weights import CHUNK, DTYPES, WeightStore
+
+LOAD_BYTES = 16  # of the widest load of a kernel
+
+
+class GpuWeightStore(WeightStore):
+    """As WeightStore; a linear's words, scales and biases are three buffers.
+
+    A tensor that lies in a file in the model's order and at a multiple of 16 bytes is not copied. mapped_bytes: of those.
+    """
+
+    def __init__(self, device: NativeDevice, tensors: Mapping[str, Tensor], prepared: Mapping[str, mx.array]):
+        super().__init__(device, tensors, prepared)
+        self._files: dict[MappedFile, DeviceBuffer | None] = {}
+        self.mapped_bytes = 0
+
+    def _arena_bytes(self) -> int:
+        return CHUNK
+
+    def _pack(self, name: str, n: int, k: int, bits: int, group_size: int, first: int) -> PackedWeight:
+        if name in self._prepared:
+            values = self.array(name)[first : first + n]
+            return PackedWeight(self.constant(values), n, k, 32, 0, params.MS_FLOAT32)
+        if name not in self._tensors:
+            raise CaptureError(f"the model uses a weight {name!r} that the checkpoint does not have")
+        tensor = self._tensors[name]
+        if tensor.format is not None:
+            return self._from_blocks(tensor, n, k, first)
+        if tensor.dtype != "uint32":
+            if tensor.dtype not in DTYPES:
+                raise CaptureError(f"{name} is {tensor.dtype}; a linear weight is float32, float16, bfloat16 or packed uint32")
+            dense = 32 if tensor.dtype == "float32" else 16
+            return PackedWeight(self._rows(tensor, n, first), n, k, dense, 0, DTYPES[tensor.dtype])
+        base = name.removesuffix("weight")
+        scales, biases = self._tensors[base + "scales"], self._tensors[base + "biases"]
+        if scales.dtype != biases.dtype:
+            raise CaptureError(f"{base}scales is {scales.dtype} and its biases are {biases.dtype}; one dtype is expected")
+        planes = (self._rows(t, n, first) for t in (tensor, scales, biases))
+        words, *affine = planes
+        return PackedWeight(words, n, k, bits, group_size, DTYPES[scales.dtype], *affine)
+
+    def _from_blocks(self, tensor: Tensor, n: int, k: int, first: int) -> PackedWeight:
+        """GGUF blocks taken apart into MLX's triplet. Scales are float16 unless a bias does not fit it."""
+        assert isinstance(tensor, FileTensor) and tensor.format is not None
+        stored = tensor.blocks()[first : first + n]
+        scales, biases = blocks.scales(stored), blocks.biases(stored, tensor.format)
+        halves = [a.astype(np.float16) for a in (scales, biases)]
+        exact = all(np.array_equal(half.astype(np.float32), a) for half, a in zip(halves, (scales, biases), strict=True))
+        dtype = params.MS_FLOAT16 if exact else params.MS_FLOAT32
+        planes = [blocks.words(stored, tensor.format), *(halves if exact else (scales, biases))]
+        tensor.drop_pages()
+        return PackedWeight(
+            self._copied(planes[0]), n, k, blocks.FORMATS[tensor.format].bits, blocks.BLOCK_SIZE, dtype,
+            *(self._copied(plane) for plane in planes[1:]),
+        )  # fmt: skip
+
+    def _rows(self, tensor: Tensor, n: int, first: int) -> Buffer:
+        """Rows [first, first + n) of a tensor as they are stored."""
+        rows = math.prod(tensor.shape[:-1])
+        row_bytes = tensor.shape[-1] * ITEM_SIZES[tensor.dtype]
+        mapped = self._mapped(tensor, first * row_bytes, n * row_bytes)
+        if mapped is not None:
+            return mapped
+        region = (ctypes.c_uint8 * (rows * row_bytes)).from_address(tensor.address())
+        stored = np.ctypeslib.as_array(region).reshape(rows, row_bytes)
+        wanted = slice(first, first + n) if tensor.row_order is None else tensor.row_order[first : first + n]
+        copied = self._copied(stored[wanted])
+        tensor.drop_pages()
+        return copied
+
+    def _copied(self, values: np.ndarray) -> Buffer:
+        owner, offset = self._reserve(values.nbytes)
+        owner.numpy(values.dtype, values.shape, offset)[...] = values
+        return Buffer(owner.handle, offset, (values.nbytes,), "uint8")
+
+    def _mapped(self, tensor: Tensor, offset: int, nbytes: int) -> Buffer | None:
+        """Bytes of the file that holds `tensor`, seen by the device; None where they must be copied."""
+        if not isinstance(tensor, FileTensor) or tensor.row_order is not None or (tensor.start + offset) % LOAD_BYTES:
+            return None
+        file = tensor.file
+        if file not in self._files:
+            self._files[file] = self._wrap(file)
+        owner = self._files[file]
+        if owner is None:
+            return None
+        self.mapped_bytes += nbytes
+        return Buffer(owner.handle, tensor.start + offset, (nbytes,), "uint8")
+
+    def _wrap(self, file: MappedFile) -> DeviceBuffer | None:
+        """The whole mapping as a buffer; None where it is larger than the device's buffers may be."""
+        try:
+            return self._device.wrap_buffer(file.address(0), file.size, keep=file)
+        except MemoryError:
+            return None
