@@ -13,7 +13,7 @@ NATIVE_SOURCES := $(shell find swift_kernels -name .build -prune -o -type f -pri
 C_FILES := $(shell find swift_kernels -name .build -prune -o -type f -name '*.[ch]' -print)
 PROMPT ?= What is the capital of France?
 
-.PHONY: help build demo test lint format sanitize neon peers dist clean
+.PHONY: help build demo test lint format sanitize neon test-kernels-all peers dist dist-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make lint      ruff, mypy, clang-format, Swift and C with warnings as errors'
 	@echo 'make format    clang-format in place'
 	@echo 'make sanitize  the C kernels under the address, undefined-behaviour and thread sanitizers'
+	@echo 'make test-kernels-all  every instance of every GPU kernel'
 	@echo 'make neon      the NEON kernels under QEMU, where gcc-aarch64-linux-gnu and qemu-user are installed'
 	@echo 'make peers     $(PEERS) with mlx-lm and llama.cpp for `metalstep bench decode` (10 minutes)'
 	@echo 'make dist      sdist and wheel in dist/'
@@ -76,6 +77,10 @@ test: build $(VENV)/.installed-dev $(VENV)/.smollm2
 	  echo "== METALSTEP_CPU=$$isa: tests/kernels"; METALSTEP_CPU=$$isa $(BIN)/python -m pytest -q tests/kernels; \
 	done
 
+# Every instance of every GPU kernel, in the simulator and through the compilers that stand in for Apple's: hours.
+test-kernels-all: build $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -m 'all_instances or not all_instances' tests/kernels tests/metal
+
 # mypy does not follow an editable install's package map: it gets the same map as links.
 lint: $(VENV)/.installed-dev $(if $(filter no-swift,$(NATIVE)),no-swift,build/.native-lint)
 	$(BIN)/ruff check engine kernels metal plugin tests setup.py
@@ -83,6 +88,7 @@ lint: $(VENV)/.installed-dev $(if $(filter no-swift,$(NATIVE)),no-swift,build/.n
 	@ln -s $(CURDIR)/engine/* $(CURDIR)/kernels $(CURDIR)/metal $(CURDIR)/plugin build/typing/metalstep/
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy_cache -p metalstep
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh swift_kernels/sanitize/*.sh .ci/run; fi
 
 build/.native-lint: $(NATIVE_SOURCES)
 	@mkdir -p build
@@ -112,6 +118,10 @@ $(PEERS)/.installed: $(BIN)/python
 # The wheel is built from the sdist, which proves that the sdist is complete.
 dist: $(VENV)/.installed-dev
 	$(BIN)/python -m build --outdir dist .
+
+# Without the compiler: that the sdist is complete enough to make a wheel. `make dist` compiles it too.
+dist-check: $(VENV)/.installed-dev
+	METALSTEP_SWIFT=none $(BIN)/python -m build --outdir build/dist .
 
 clean:
 	rm -rf build dist *.egg-info swift_kernels/.build .mypy_cache .pytest_cache .ruff_cache .hypothesis

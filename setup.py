@@ -1,7 +1,8 @@
 """Builds the launcher's dylib into the wheel. Everything else about the package is in pyproject.toml.
 
 With Swift on PATH a wheel carries `metalstep/lib/libmetalstep.so` (or .dylib) and the tag of its platform. Without, it is a pure
-wheel that runs through eager MLX. METALSTEP_SWIFT names another `swift`, or is `none` to build without.
+wheel that runs through eager MLX. METALSTEP_SWIFT names another `swift`, or is `none` to build without. On a Mac the Command Line
+Tools are enough: Metal's own compiler is part of macOS and works when the program runs.
 """
 
 import os
@@ -19,27 +20,40 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "swift_kernels"
 MACOS_TARGET = "14_0"  # Package.swift's deployment target
+# Homebrew builds inside a sandbox, in which SwiftPM cannot start one of its own. It also rewrites the library's install name, and pip's
+# tools may, for which the header needs room.
+MACOS_FLAGS = ["--disable-sandbox", "-Xlinker", "-headerpad_max_install_names"]
 
 
 def find_swift() -> str | None:
     """The Swift compiler's driver, or None after saying why."""
     name = os.environ.get("METALSTEP_SWIFT", "swift")
-    path = None if name == "none" else shutil.which(name)
+    path = None if name == "none" or lacks_command_line_tools() else shutil.which(name)
     # OpenStack's client is called swift too.
     if path and "Swift version" in subprocess.run([path, "--version"], capture_output=True, text=True).stdout:
         return path
     reason = "METALSTEP_SWIFT is none" if name == "none" else f"no Swift compiler ({name!r}) on PATH"
+    mac = sys.platform == "darwin"
+    install = "run `xcode-select --install`" if mac else "install Swift 6.0 or later from https://swift.org/install"
     print(
-        f"metalstep: {reason}: building without the launcher; models will run through eager MLX.\n"
-        "hint: install Swift 6.0 or later from https://swift.org/install and build again",
+        f"metalstep: {reason}: building without the launcher; models will run through eager MLX.\nhint: {install} and build again",
         file=sys.stderr,
     )
     return None
 
 
+def lacks_command_line_tools() -> bool:
+    """On a Mac without them /usr/bin/swift is there all the same, and opens a window that offers to install them."""
+    return sys.platform == "darwin" and subprocess.run(["xcode-select", "-p"], capture_output=True).returncode != 0
+
+
 def build_launcher(swift: str) -> Path:
     """Compile the launcher. Returns its dylib. Raises: SystemExit with what to do when it does not compile."""
     command = [swift, "build", "-c", "release", "--package-path", str(PACKAGE)]
+    if sys.platform == "darwin":
+        if platform.machine() != "arm64":  # an Intel Mac, or an Intel Python under Rosetta, whose Swift would build for either
+            raise SystemExit(f"error: this Python is for {platform.machine()}, expected arm64\nhint: build with an arm64 Python")
+        command += MACOS_FLAGS
     if subprocess.run(command, stdout=sys.stderr).returncode:
         raise SystemExit(
             f"error: {' '.join(command)} failed (its messages are above)\n"
@@ -69,15 +83,16 @@ class BuildPy(build_py):
     library: Path | None = None
 
     def run(self) -> None:
+        folder = Path(self.build_lib) / "metalstep"
+        if not self.editable_mode:  # what an earlier build left would join the wheel: modules since removed, another machine's library
+            shutil.rmtree(folder, ignore_errors=True)
         super().run()
-        folder = Path(self.build_lib) / "metalstep" / "lib"
         if self.editable_mode:
             return
-        shutil.rmtree(folder, ignore_errors=True)  # of an earlier build, perhaps for another machine
         if swift := find_swift():
             BuildPy.library = build_launcher(swift)
-            folder.mkdir(parents=True)
-            shutil.copy2(self.library, folder)
+            (folder / "lib").mkdir(parents=True)
+            shutil.copy2(BuildPy.library, folder / "lib")
 
 
 class BdistWheel(bdist_wheel):

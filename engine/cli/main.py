@@ -24,6 +24,7 @@ COMMANDS = {  # in the order of the help
     "chat": "metalstep.cli.chat",
     "explain": "metalstep.cli.explain",
     "bench": "metalstep.cli.bench",
+    "doctor": "metalstep.cli.doctor",
 }
 USAGE = "usage: metalstep COMMAND [options]\n       metalstep --version | --help"
 WRONG_CALL, INTERRUPTED, BROKEN_PIPE = 2, 130, 141  # exit statuses; the last two as a shell counts signals
