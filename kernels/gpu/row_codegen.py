@@ -1,0 +1,281 @@
+"""The Metal text of a row program's kernel: one threadgroup per row, its loop nests in order, barriers where values cross threads."""
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from metalstep.kernels import params
+from metalstep.kernels.gpu.expressions import literal
+from metalstep.kernels.gpu.row_homes import homes, per_thread
+from metalstep.kernels.gpu.row_nests import LANES, Aliases, Nest, Pass
+from metalstep.kernels.gpu.row_steps import RowSteps, Touch
+from metalstep.kernels.gpu.row_values import Op, Value
+
+BARRIERS = {
+    frozenset({"shared"}): "mem_flags::mem_threadgroup",
+    frozenset({"device"}): "mem_flags::mem_device",
+    frozenset({"shared", "device"}): "mem_flags::mem_device | mem_flags::mem_threadgroup",
+}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A generated kernel. threads: of a row. scratch: float32 elements of each row's scratch memory, bound behind the buffers."""
+
+    name: str
+    text: str
+    threads: int
+    scratch: int
+
+
+def clash(a: Touch, b: Touch, aliases: Aliases) -> bool:
+    """Whether b has to wait for a, of another nest or pass."""
+    if not (a.write or b.write) or (a.key is not None and a.key == b.key):
+        return False
+    if isinstance(a.memory, int) and isinstance(b.memory, int):
+        alike = a.memory == b.memory and a.key is not None and b.key is not None and a.key[2:5] == b.key[2:5]
+        if not alike:
+            return aliases.same(a.memory, b.memory)
+    elif a.memory != b.memory:
+        return False
+    if a.end <= b.start or b.end <= a.start:
+        return False
+    if a.places is not None and b.places is not None:
+        return bool(np.intersect1d(a.places, b.places).size)
+    return True
+
+
+class RowKernel(RowSteps):
+    """Writes the kernel of `nests` for threadgroups of `threads`."""
+
+    def __init__(self, nests: list[Nest], threads: int, rows: int, bindings: int, aliases: Aliases):
+        totals = sum(1 for nest in nests for each in nest.passes if each.total and self._is_wide(nest))
+        self._partials = totals * threads // LANES
+        super().__init__(homes(nests, threads, self._partials, aliases))
+        self._threads, self._rows, self._scratch_slot, self._aliases = threads, rows, bindings, aliases
+        self._pending: list[Touch] = []  # what nobody has waited for yet
+        self._total = 0
+        for nest in nests:
+            self._write_nest(nest)
+
+    @staticmethod
+    def _is_wide(nest: Nest) -> bool:
+        return nest.domain is not None and nest.domain.unit > LANES
+
+    def kernel(self) -> Kernel:
+        """The whole text; the kernel's name holds the hash of all else."""
+        body = "\n".join(self._lines)
+        count = {params.MS_ROWS_TOKENS: "num_tokens", params.MS_ROWS_SAMPLED: "num_sampled"}[self._rows]
+        arguments = ["constant MSStep& step [[buffer(0)]]"]
+        for slot in sorted(self._slots):
+            kind, written = self._slots[slot]
+            const = "" if written else "const "
+            arguments.append(f"device {const}{kind}* {self._slot_name(slot)} [[buffer({slot})]]")
+        if self._homes.scratch:
+            arguments.append(f"device float* scratch_rows [[buffer({self._scratch_slot})]]")
+        arguments += [
+            "uint row [[threadgroup_position_in_grid]]",
+            "uint tid [[thread_index_in_threadgroup]]",
+            "uint sg [[simdgroup_index_in_threadgroup]]",
+            "uint lane [[thread_index_in_simdgroup]]",
+        ]
+        head = []
+        if self._homes.shared:
+            head.append(f"  threadgroup float shared[{self._homes.shared}];")
+        if self._partials:
+            head.append(f"  threadgroup float partial[{self._partials}];")
+        head.append(f"  if (row >= step.{count}) return;")
+        if self._homes.scratch:
+            head.append(f"  device float* scratch = scratch_rows + ulong(row) * {self._homes.scratch};")
+        if "sampled" in self._needed:
+            head.append("  const uint sampled_row = uint(sampled_rows[row]);")
+        head += [f"  {declaration}" for _, declaration in self._pointers.values()]
+        text = "\n".join(
+            [
+                *self._tables,
+                f"[[kernel, max_total_threads_per_threadgroup({self._threads})]] void @(",
+                ",\n".join(f"    {argument}" for argument in arguments) + ") {",
+                *head,
+                body,
+                "}",
+                "",
+            ]
+        )
+        name = "row_program_" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        return Kernel(name, text.replace("@", name), self._threads, self._homes.scratch)
+
+    # ---- nests --------------------------------------------------------------------------------------------------------
+    def _write_nest(self, nest: Nest) -> None:
+        d = nest.domain
+        assert d is not None
+        self._nest = nest
+        self._wide = self._is_wide(nest)
+        self._count = per_thread(d)
+        for value, _, where in sorted(self._homes.held, key=lambda h: (h[0].number, h[1])):
+            if where is None and any(value in (op.result, op.temporary) for each in nest.passes for op, _ in each.steps):
+                self._line(f"float h{value.number}{self._array};")
+        start = len(self._lines)
+        if d.unit == 1:
+            self._line("if (tid == 0) {  // places are named twice: in order")
+            self._write_passes(nest, lambda: self._block(f"for (uint i = 0; i < {d.width}; i++) {{", lambda: self._steps(nest.passes[0])))
+            self._line("}")
+        elif not self._wide:
+            groups = self._threads // LANES
+            if d.spans == 1:
+                self._line("if (sg == 0) {")
+            else:
+                self._line(f"for (uint span = sg; span < {d.spans}; span += {groups}) {{")
+            self._write_passes(nest)
+            self._line("}")
+        else:
+            self._line("{")
+            self._write_passes(nest)
+            self._line("}")
+        if not self._wide:
+            self._barrier(start)
+        self._retire()
+
+    @property
+    def _array(self) -> str:
+        return f"[{self._count}]" if self._count > 1 else ""
+
+    def _write_passes(self, nest: Nest, alone: Callable[[], None] | None = None) -> None:
+        d = nest.domain
+        assert d is not None
+        with self._indented():
+            for value, offset, where in sorted(self._homes.held, key=lambda h: (h[0].number, h[1])):
+                if where is nest:
+                    self._line(f"float {self._held(value, offset)}{self._array};")
+            if self._wide and d.spans > 1:
+                self._line(f"const uint span = tid / {d.unit};")
+                self._line(f"const uint first = tid % {d.unit};")
+            self._filled: set[tuple[Value, int]] = set()
+            for each in nest.passes:
+                start = len(self._lines)
+                self._locals = {}
+                if alone is not None:
+                    alone()
+                else:
+                    self._write_pass(each)
+                if self._wide:
+                    self._barrier(start)
+                    self._retire()
+                if each.total is not None:
+                    self._write_total(*each.total)
+
+    def _write_pass(self, each: Pass) -> None:
+        d = self._nest.domain
+        assert d is not None
+        if each.wait:
+            self._line("@wait")
+            wait = len(self._lines) - 1
+        if each.total is not None:
+            op, stage = each.total
+            operation = self._operation(op, stage)
+            self._line(f"{operation}::number {self._accumulator(op, stage)} = {operation}::none();")
+        first = "lane" if not self._wide else "tid" if d.spans == 1 else "first"
+        spans = d.spans > 1
+        place = "j" if spans else "i"
+        guard = f"span < {d.spans}" if self._wide and d.spans * d.unit < self._threads and spans else ""
+        opened = 0
+        if guard:
+            self._line(f"if ({guard}) {{")
+            self._depth += 1
+            opened += 1
+        head = len(self._lines)
+        self._line("@loop")
+        self._depth += 1
+        self._line("@place")
+        if spans:
+            self._line(f"const uint i = span * {d.width} + j;")
+            element = len(self._lines)
+        self._unrolled = False
+        self._steps(each)
+        if each is self._nest.passes[0]:
+            for read in self._homes.early.get(self._nest, []):
+                self._element(read)
+        if spans and not any(re.search(r"\bi\b", line) for line in self._lines[element:]):
+            del self._lines[element - 1]
+        if self._unrolled and self._count > 1:
+            self._lines[head] = self._lines[head].replace("@loop", f"MS_UNROLL for (uint k = 0; k < {self._count}; k++) {{")
+            whole = self._count * d.unit == d.width
+            indent = self._lines[head + 1][: -len("@place")]
+            text = f"{indent}const uint {place} = k * {d.unit} + {first};"
+            self._lines[head + 1] = text if whole else f"{text}\n{indent}if ({place} >= {d.width}) continue;"
+        elif self._count > 1:
+            self._lines[head] = self._lines[head].replace(
+                "@loop", f"for (uint {place} = {first}; {place} < {d.width}; {place} += {d.unit}) {{"
+            )
+            del self._lines[head + 1]
+        else:
+            self._lines[head] = self._lines[head].replace("@loop", f"if ({first} < {d.width}) {{")
+            self._lines[head + 1] = self._lines[head + 1].replace("@place", f"const uint {place} = {first};")
+        self._depth -= 1
+        self._line("}")
+        for _ in range(opened):
+            self._depth -= 1
+            self._line("}")
+        if each.wait:
+            touched = frozenset(t.flag for t in self._touched if not isinstance(t.memory, int))
+            flags = BARRIERS[touched or frozenset({"shared"})]
+            self._lines[wait] = self._lines[wait].replace("@wait", f"simdgroup_barrier({flags});")
+
+    def _write_total(self, op: Op, stage: int) -> None:
+        d = self._nest.domain
+        assert d is not None
+        name, operation = self._accumulator(op, stage), self._operation(op, stage)
+        if self._wide:
+            groups = d.unit // LANES
+            first = "0" if d.spans == 1 else f"sg / {groups} * {groups}"
+            at = self._total * (self._threads // LANES)
+            partial = f"partial + {at}" if at else "partial"
+            self._line(f"{name} = ms_span_total<{operation}>({name}, {partial}, {first}, {groups}, sg, lane);")
+            self._total += 1
+            self._pending = [touch for touch in self._pending if touch.flag != "shared"]
+        else:
+            self._line(f"{name} = {operation}::lanes({name});")
+        n, eps = literal(op.width), literal(op.instr.imm0)
+        if op.kind == "rms_norm":
+            self._line(f"const float scale{op.number} = precise::rsqrt({name} / {n} + {eps});")
+        elif op.kind == "layer_norm" and stage == 0:
+            self._line(f"const float mean{op.number} = {name} / {n};")
+        elif op.kind == "layer_norm":
+            self._line(f"const float scale{op.number} = precise::rsqrt({name} / {n} + {eps});")
+        elif op.kind == "softmax" and stage == 1:
+            self._line(f"const float scale{op.number} = 1.0f / {name};")
+        elif op.kind == "reduce":
+            assert op.result is not None
+            if op.result.root in self._homes.memory:
+                first = "lane" if not self._wide else "tid" if d.spans == 1 else "first"
+                guard = f" && span < {d.spans}" if self._wide and d.spans > 1 and d.spans * d.unit < self._threads else ""
+                target = self._memory(op.result, "span" if d.spans > 1 else "0", 0, op.result.size, write=True)
+                self._line(f"if ({first} == 0{guard}) {target} = {operation}::value({name});")
+
+    # ---- waiting ------------------------------------------------------------------------------------------------------
+    def _barrier(self, at: int) -> None:
+        """A barrier before line `at`, if what has been written since needs one."""
+        flags = {
+            flag
+            for old in self._pending
+            for new in self._touched
+            if clash(old, new, self._aliases)
+            for flag in (old.flag, new.flag)
+        }
+        if flags:
+            self._lines.insert(at, f"{'  ' * self._depth}threadgroup_barrier({BARRIERS[frozenset(flags)]});")
+            self._pending = [touch for touch in self._pending if touch.flag not in flags]
+
+    def _retire(self) -> None:
+        self._pending += self._touched
+        self._touched = []
+
+    def _block(self, head: str, body: Callable[[], None]) -> None:
+        self._line(head)
+        with self._indented():
+            self._unrolled = False
+            body()
+        self._line("}")

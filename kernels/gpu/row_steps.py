@@ -1,0 +1,428 @@
+"""The text of a row program's steps: what each op does with one element, and where it finds its operands and leaves its result."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from metalstep.kernels import params
+from metalstep.kernels.gpu.expressions import expression, literal
+from metalstep.kernels.gpu.row_homes import Homes, Place
+from metalstep.kernels.gpu.row_nests import Nest, Pass, scatter_places
+from metalstep.kernels.gpu.row_values import ELEMENTWISE, Op, Read, Value, embedding_slots
+
+TYPES = {params.MS_FLOAT32: "float", params.MS_FLOAT16: "half", params.MS_BFLOAT16: "bfloat", params.MS_INT32: "int"}
+STEP_SLOTS = {
+    params.MS_SLOT_TOKENS: "tokens",
+    params.MS_SLOT_POSITIONS: "positions",
+    params.MS_SLOT_SLOT_MAPPING: "slot_mapping",
+    params.MS_SLOT_SAMPLED_ROWS: "sampled_rows",
+}
+TOTALS = {params.MS_SUM: "ms_sum", params.MS_PROD: "ms_product", params.MS_MAX: "ms_largest", params.MS_MIN: "ms_smallest"}
+NAN = literal(math.nan)
+
+
+@dataclass
+class Touch:
+    """One access to memory that threads share: elements [start, end) of it, or of a slot any. key: as in row_nests.Access."""
+
+    memory: str | int
+    start: int
+    end: int
+    write: bool
+    key: tuple | None
+    places: np.ndarray | None = None
+
+    @property
+    def flag(self) -> str:
+        return "shared" if self.memory == "shared" else "device"
+
+
+class RowSteps:
+    """Writes steps into `_lines`, for the nest at hand; keeps what the kernel has to declare and what was touched."""
+
+    _nest: Nest  # at hand, its sort (see row_nests.Domain) and the elements of a span that each thread has
+    _wide: bool
+    _count: int
+    _filled: set[tuple[Value, int]]  # LOADs that the nest's threads hold by now
+    _unrolled: bool  # whether the pass at hand uses elements that threads hold
+
+    def __init__(self, homes: Homes):
+        self._homes = homes
+        self._lines: list[str] = []
+        self._depth = 1
+        self._slots: dict[int, tuple[str, bool]] = {}  # elements, and whether they are written
+        self._pointers: dict[tuple, tuple[str, str]] = {}  # by what they point at: name, declaration
+        self._tables: list[str] = []
+        self._names: set[str] = set()
+        self._needed: set[str] = set()
+        self._touched: list[Touch] = []  # since the last barrier was thought of
+        self._locals: dict[tuple[Value, int], str] = {}  # values of the pass at hand
+
+    @property
+    def _at_k(self) -> str:
+        return "[k]" if self._count > 1 else ""
+
+    @staticmethod
+    def _operation(op: Op, stage: int) -> str:
+        if op.kind == "reduce":
+            return TOTALS[op.instr.dims[0]]
+        return "ms_most" if op.kind == "softmax" and stage == 0 else "ms_sum"
+
+    @staticmethod
+    def _accumulator(op: Op, stage: int) -> str:
+        names = {"reduce": ("total",), "rms_norm": ("squares",), "layer_norm": ("sum", "squares"), "softmax": ("most", "sum")}
+        return f"{names[op.kind][stage]}{op.number}"
+
+    # ---- steps: one element each --------------------------------------------------------------------------------------
+    def _steps(self, each: Pass) -> None:
+        for op, stage in each.steps:
+            self._line(f"// {op.number}: {op.kind}")
+            handler = getattr(self, f"_{op.kind}", None) if op.instr.op not in ELEMENTWISE or op.kind == "join" else None
+            if handler is None:
+                self._produce(op.result, expression(op.instr.op, [self._element(r) for r in op.operands if r is not None]))
+            else:
+                handler(op, stage)
+
+    def _load(self, op: Op, stage: int) -> None:
+        instr = op.instr
+        self._produce(op.result, self._loaded(instr, "i"))
+        self._touch(instr.slot, instr.offset, instr.offset + instr.n, False, (self._nest.domain, *self._address(instr)))
+
+    def _store(self, op: Op, stage: int) -> None:
+        instr = op.instr
+        value = self._converted(self._element(op.operands[0]), instr.dtype)
+        self._line(f"{self._pointer(instr, True)}[i] = {value};")
+        self._touch(instr.slot, instr.offset, instr.offset + instr.n, True, (self._nest.domain, *self._address(instr)))
+
+    @staticmethod
+    def _address(instr: Any, offset: int = 0) -> tuple:
+        return instr.slot, instr.rows, instr.row_stride, instr.dtype, instr.offset + offset
+
+    @staticmethod
+    def _converted(value: str, dtype: int) -> str:
+        if dtype == params.MS_FLOAT32:
+            return value
+        return f"{'ms_to_int' if dtype == params.MS_INT32 else TYPES[dtype]}({value})"
+
+    def _gather(self, op: Op, stage: int) -> None:
+        instr, read = op.instr, op.operands[0]
+        least = instr.offset + sum(min((d - 1) * s, 0) for d, s in zip(instr.dims, instr.strides, strict=True))
+        self._produce(op.result, self._at(read, self._strided(instr, instr.offset - least)))
+
+    def _scatter(self, op: Op, stage: int) -> None:
+        instr, value = op.instr, op.result
+        assert value is not None
+        place = self._new("place")
+        x = self._element(op.operands[0])
+        self._line(f"const uint {place} = {self._strided(instr, instr.offset + op.shift)};")
+        target = self._memory(value, place, 0, value.size, write=True, places=scatter_places(op))
+        combined = {
+            params.MS_ASSIGN: "{1}",
+            params.MS_SUM: "{0} + {1}",
+            params.MS_PROD: "{0} * {1}",
+            params.MS_MAX: "ms_max({0}, {1})",
+            params.MS_MIN: "ms_min({0}, {1})",
+        }[instr.inner]
+        self._line(f"{target} = {combined.format(target, x)};")
+
+    @staticmethod
+    def _strided(instr: Any, offset: int) -> str:
+        """The element that index i of a strided copy names."""
+        terms, below = [], 1
+        axes = list(zip(instr.dims, instr.strides, strict=True))
+        for at, (length, stride) in reversed(list(enumerate(axes))):
+            outer = math.prod(n for n, _ in axes[:at])
+            if length > 1 and stride:
+                index = f"i / {below}" if below > 1 else "i"
+                if outer > 1:
+                    index = f"({index}) % {length}" if below > 1 else f"i % {length}"
+                terms.append(f"int({index}) * {stride}" if stride != 1 else f"int({index})")
+            below *= length
+        text = " + ".join([*([str(offset)] if offset or not terms else []), *reversed(terms)])
+        return f"uint({text})"
+
+    def _join(self, op: Op, stage: int) -> None:
+        name = self._new("piece")
+        self._line(f"float {name} = {NAN};")
+        for start, size, read in op.pieces:
+            if read is not None:
+                inside = f"i < {start + size}" if start == 0 else f"i >= {start} && i < {start + size}"
+                self._line(f"if ({inside}) {name} = {self._at(read, f'i - {start}' if start else 'i')};")
+        self._produce(op.result, name)
+
+    def _embedding(self, op: Op, stage: int) -> None:
+        instr = op.instr
+        bits, group, dtype, vocab = instr.dims
+        self._slot(params.MS_SLOT_TOKENS, "int", False)
+        token = self._once("token", "const int token = tokens[row];")
+        own = self._base(instr.slot2, "float", f"ulong(-(long({token}) + 1)) * {instr.n}", f"own{op.number}")
+        at = f"ulong(max({token}, 0))"
+        if bits >= 16:
+            table = self._base(instr.slot, TYPES[dtype], f"{at} * {instr.n}", f"table{op.number}")
+            value = f"float({table}[i])"
+        else:
+            kind, groups = TYPES[dtype], instr.n // group
+            table = self._base(instr.slot, "uint", f"{at} * {instr.n * bits // 32}", f"table{op.number}")
+            scales = self._base(instr.strides[0], kind, f"{at} * {groups}", f"scales{op.number}")
+            biases = self._base(instr.strides[1], kind, f"{at} * {groups}", f"biases{op.number}")
+            value = f"ms_affine_element<{bits}, {group}>({table}, {scales}, {biases}, i)"
+        for slot in embedding_slots(instr):
+            self._touch(slot, 0, 1, False, None)
+        name = self._new("embedded")
+        # What is no token. A NaN of bits that the compiler does not know: fast maths takes others for something else.
+        self._line(f"float {name} = as_type<float>(0x7fc00000u | (uint({token}) & 1));")
+        self._line(f"if ({token} < 0) {name} = {own}[i];")
+        self._line(f"else if ({token} < {vocab}) {name} = {value};")
+        self._produce(op.result, name)
+
+    def _rope_angles(self, op: Op, stage: int) -> None:
+        instr = op.instr
+        n = instr.n
+        self._slot(params.MS_SLOT_POSITIONS, "int", False)
+        angle = self._new("angle")
+        pair = f"i % {n}" if n > 1 else "0"
+        scaled = f"float(positions[row]) * {literal(instr.imm1)}"
+        if op.operands[1] is not None:
+            self._line(f"const float {angle} = {scaled} * (1.0f / {self._at(op.operands[1], pair)});")
+        else:
+            # An angle of 100,000 positions has its frequency's error 100,000-fold: frequencies are of float64.
+            step = math.log(instr.imm0) / n
+            table = f"frequencies_{op.number}_@"
+            numbers = ", ".join(literal(math.exp(-i * step)) for i in range(n))
+            self._tables.append(f"constant float {table}[{n}] = {{{numbers}}};")
+            self._line(f"const float {angle} = {scaled} * {table}[{pair}];")
+        self._produce(op.result, f"i < {n} ? precise::cos({angle}) : precise::sin({angle})")
+
+    def _rope(self, op: Op, stage: int) -> None:
+        instr, d = op.instr, self._nest.domain
+        half, head, (x, angles) = instr.dims[0], instr.inner, op.operands[:2]
+        assert d is not None and x is not None and angles is not None
+        place, pair, second = self._new("place"), self._new("pair"), self._new("second")
+        result = self._new("turned")
+        whole = instr.n == head
+        self._line(f"const uint {place} = {'j' if d.width == head and d.spans > 1 else 'i' if whole else f'i % {head}'};")
+        self._line(f"float {result} = {self._at(x, 'i')};")
+        if 2 * half < head:
+            self._line(f"if ({place} < {2 * half}) {{")
+            self._depth += 1
+        if instr.dims[1]:  # neighbours
+            self._line(f"const uint {pair} = {place} / 2;")
+            self._line(f"const bool {second} = {place} % 2 == 1;")
+            other = self._at(x, f"({second} ? i - 1 : i + 1)")
+        else:
+            self._line(f"const bool {second} = {place} >= {half};")
+            self._line(f"const uint {pair} = {second} ? {place} - {half} : {place};")
+            other = self._at(x, f"({second} ? i - {half} : i + {half})")
+        cos, sin = self._at(angles, pair), self._at(angles, f"{half} + {pair}")
+        turned = self._new("sine")
+        self._line(f"const float {turned} = {other} * {sin};")
+        self._line(f"{result} = fma({result}, {cos}, {second} ? {turned} : -{turned});")
+        if 2 * half < head:
+            self._depth -= 1
+            self._line("}")
+        self._produce(op.result, result)
+
+    def _rms_norm(self, op: Op, stage: int) -> None:
+        x = self._element(op.operands[0])
+        if stage == 0:
+            self._line(f"squares{op.number} = fma({x}, {x}, squares{op.number});")
+        else:
+            self._produce(op.result, f"{x} * scale{op.number}" + self._weight(op.operands[1], " * "))
+
+    def _layer_norm(self, op: Op, stage: int) -> None:
+        x = self._element(op.operands[0])
+        if stage == 0:
+            self._line(f"sum{op.number} += {x};")
+            return
+        centred = self._new("centred")
+        self._line(f"const float {centred} = {x} - mean{op.number};")
+        if stage == 1:
+            self._line(f"squares{op.number} = fma({centred}, {centred}, squares{op.number});")
+        else:
+            normed = f"{centred} * scale{op.number}" + self._weight(op.operands[1], " * ")
+            self._produce(op.result, normed + self._weight(op.operands[2], " + "))
+
+    def _weight(self, read: Read | None, sign: str) -> str:
+        d = self._nest.domain
+        assert d is not None
+        return "" if read is None else sign + (self._at(read, "j") if d.spans > 1 else self._element(read))
+
+    def _softmax(self, op: Op, stage: int) -> None:
+        if stage == 0:
+            self._line(f"most{op.number} = ms_most::combine(most{op.number}, {self._element(op.operands[0])});")
+        elif stage == 1:
+            self._produce(op.temporary, f"precise::exp({self._element(op.operands[0])} - most{op.number})")
+            assert op.temporary is not None
+            self._line(f"sum{op.number} += v{op.temporary.number};")
+        else:
+            assert op.temporary is not None
+            self._produce(op.result, f"{self._element(Read(op.temporary))} * scale{op.number}")
+
+    def _reduce(self, op: Op, stage: int) -> None:
+        name, operation = f"total{op.number}", self._operation(op, stage)
+        self._line(f"{name} = {operation}::combine({name}, {operation}::of({self._element(op.operands[0])}));")
+
+    def _write_keys(self, op: Op, stage: int) -> None:
+        self._write_cache(op, op.instr.slot, op.instr.dims[1])
+
+    def _write_values(self, op: Op, stage: int) -> None:
+        self._write_cache(op, op.instr.slot2, op.instr.dims[2])
+
+    def _write_cache(self, op: Op, slot: int, width: int) -> None:
+        """A plane is [block, kv_head, block_size, width]."""
+        instr, d = op.instr, self._nest.domain
+        heads, block_size = instr.dims[0], instr.dims[3]
+        assert d is not None
+        self._slot(params.MS_SLOT_SLOT_MAPPING, "int", False)
+        place = self._once("cache_place", "const int cache_place = slot_mapping[row];  // block * block_size + place in it")
+        in_block = f"uint({place}) % {block_size}" if block_size > 1 else "0"
+        row = f"(ulong(uint({place}) / {block_size}) * {heads * block_size} + {in_block}) * {width}"
+        plane = self._base(slot, TYPES[instr.dtype], row, f"plane{slot}_{op.number}", written=True)
+        if heads == 1:
+            at = "i"
+        elif d.width == width and d.spans > 1:
+            at = f"span * {block_size * width} + j"
+        else:
+            at = f"i / {width} * {block_size * width} + i % {width}"
+        value = self._converted(self._element(op.operands[0]), instr.dtype)
+        self._line(f"if ({place} >= 0) {plane}[{at}] = {value};")
+        self._touch(slot, 0, 1, True, None)
+
+    # ---- operands and results -----------------------------------------------------------------------------------------
+    def _element(self, read: Read | None) -> str:
+        """The operand's element of this index: a name or a literal."""
+        assert read is not None
+        if read.value is None:
+            return literal(read.number)
+        key = read.value, read.offset
+        if key in self._locals:
+            return self._locals[key]
+        d, value, offset = self._nest.domain, *key
+        nest = next((n for n in (self._nest, None) if (*key, n) in self._homes.held), False)
+        index = f"{offset} + i" if offset else "i"
+        if nest is not False and (not value.lazy or key in self._filled):
+            self._unrolled = True
+            name = f"{self._held(*key)}{self._at_k}"
+        else:
+            text = self._loaded(value.load, index) if value.lazy else self._memory(value, index, None, 0)
+            if value.lazy:
+                at = value.load.offset + offset
+                self._touch(value.load.slot, at, at + self._nest.n, False, (d, *self._address(value.load, offset)))
+            name = f"v{value.number}" + (f"_{offset}" if offset else "")
+            self._line(f"const float {name} = {text};")
+            if nest is not False:
+                self._unrolled = True
+                self._filled.add(key)
+                self._line(f"{self._held(*key)}{self._at_k} = {name};")
+        self._locals[key] = name
+        return name
+
+    def _at(self, read: Read | None, index: str) -> str:
+        """The operand's element at `index`, of any thread."""
+        assert read is not None
+        value, offset = read.value, read.offset
+        assert value is not None
+        whole = f"{offset} + {index}" if offset else index
+        if value.lazy:
+            self._touch(value.load.slot, value.load.offset, value.load.offset + value.load.n, False, None)
+            return self._loaded(value.load, whole)
+        return self._memory(value, whole, 0, value.size)
+
+    def _memory(
+        self, value: Value, index: str, first: int | None, size: int, write: bool = False, places: np.ndarray | None = None
+    ) -> str:
+        """An element of a value in memory. first: of the `size` elements that any thread may mean; None: each index its own."""
+        home: Place = self._homes.memory[value.root]
+        memory = "scratch" if home.scratch else "shared"
+        if first is None:
+            offset = 0 if index == "i" else int(index.split(" ")[0])
+            start, size, key = home.start + offset, self._nest.n, (self._nest.domain, memory, home.start + offset)
+        else:
+            start, key = home.start + first, None
+        at = None if places is None else places + home.start
+        self._touch(memory, start, start + size, write, key, at)
+        return f"{memory}[{home.start} + {index}]" if home.start else f"{memory}[{index}]"
+
+    def _produce(self, value: Value | None, text: str) -> None:
+        """A step's result: kept where its readers find it."""
+        assert value is not None
+        name = f"v{value.number}"
+        self._line(f"const float {name} = {text};")
+        self._locals[value, 0] = name
+        if any((value, 0, nest) in self._homes.held for nest in (self._nest, None)):
+            self._unrolled = True
+            self._line(f"{self._held(value, 0)}{self._at_k} = {name};")
+        if value.root in self._homes.memory:
+            self._line(f"{self._memory(value, 'i', None, 0, write=True)} = {name};")
+
+    @staticmethod
+    def _held(value: Value, offset: int) -> str:
+        return f"h{value.number}" + (f"_{offset}" if offset else "")
+
+    # ---- buffers ------------------------------------------------------------------------------------------------------
+    def _slot(self, slot: int, kind: str, written: bool) -> str:
+        """The name of a binding as elements of `kind`."""
+        known, was_written = self._slots.get(slot, (kind, False))
+        self._slots[slot] = known, was_written or written
+        name = self._slot_name(slot)
+        return name if known == kind else f"(device {'' if written else 'const '}{kind}*){name}"
+
+    @staticmethod
+    def _slot_name(slot: int) -> str:
+        return STEP_SLOTS.get(slot, f"buffer{slot}")
+
+    def _pointer(self, instr: Any, written: bool) -> str:
+        """This row's elements of a LOAD or STORE."""
+        row = {params.MS_ROW_SAME: "", params.MS_ROW_SELF: "row", params.MS_ROW_SAMPLED: "sampled_row"}[instr.rows]
+        if row == "sampled_row":
+            self._slot(params.MS_SLOT_SAMPLED_ROWS, "int", False)
+            self._needed.add("sampled")
+        terms = [f"ulong({row}) * {instr.row_stride}"] if row and instr.row_stride else []
+        terms += [str(instr.offset)] if instr.offset else []
+        return self._base(instr.slot, TYPES[instr.dtype], " + ".join(terms), "", written)
+
+    def _loaded(self, instr: Any, index: str) -> str:
+        element = f"{self._pointer(instr, False)}[{index}]"
+        return element if instr.dtype == params.MS_FLOAT32 else f"float({element})"
+
+    def _base(self, slot: int, kind: str, offset: str, name: str, written: bool = False) -> str:
+        """A pointer of the kernel's, declared once."""
+        source = self._slot(slot, kind, written)
+        key = slot, kind, offset, written
+        if key not in self._pointers:
+            name = name or f"{'out' if written else 'in'}{len(self._pointers)}"
+            const = "" if written else "const "
+            total = f" + ({offset})" if " + " in offset else f" + {offset}" if offset else ""
+            self._pointers[key] = name, f"device {const}{kind}* {name} = {source}{total};"
+        return self._pointers[key][0]
+
+    def _once(self, name: str, declaration: str) -> str:
+        """Something else that the kernel declares at its start."""
+        self._pointers.setdefault((name,), (name, declaration))
+        return name
+
+    # ---- text, and what it touches ------------------------------------------------------------------------------------
+    def _touch(self, memory: str | int, start: int, end: int, write: bool, key: tuple | None, places: np.ndarray | None = None) -> None:
+        self._touched.append(Touch(memory, start, end, write, key, places))
+
+    def _line(self, text: str) -> None:
+        self._lines.append("  " * self._depth + text)
+
+    def _new(self, name: str) -> str:
+        """`name`, with a number if it is taken."""
+        number = 0
+        while f"{name}{number or ''}" in self._names:
+            number += 1
+        self._names.add(f"{name}{number or ''}")
+        return f"{name}{number or ''}"
+
+    @contextmanager
+    def _indented(self) -> Iterator[None]:
+        self._depth += 1
+        yield
+        self._depth -= 1
