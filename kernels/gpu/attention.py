@@ -321,7 +321,7 @@ def bench_cases(sizes: BenchSizes) -> list[BenchCase]:
         kinds += [("mixed", 1, max(rows, context))] if rows >= MIXED_FROM else []
         for variant, sequences, length in kinds:
             seen = rows * length - (rows - sequences) * rows // 2  # positions, of all rows
-            read = rows * (sizes.qkv_size if variant == "decode" else q)
+            read = rows * (sizes.qkv_size + sizes.rope_dims if variant == "decode" else q)
             nbytes = sequences * length * sizes.position_bytes + (read + rows * q) * ACTIVATION_BYTES
             made = functools.partial(_bench_launches, sizes, variant, rows, sequences, length)
             cases.append(BenchCase(OP, variant, rows, length, nbytes, 2 * seen * q, made))

@@ -179,8 +179,7 @@ def _bench_launches(sizes: BenchSizes, name: str, outputs: list[int], k: int, ro
     norm = None
     if name in ("qkv", "gate_up", "head") and rows <= sizes.norm_rows:
         norm = Norm(inputs.activation(f"norm {k}", (k,)), EPS)
-    head = name == "head"
-    x = Input(inputs.activation("x", (rows, k)), 0, k, params.MS_ROW_SAMPLED if head else params.MS_ROW_SELF, norm=norm)
+    x = Input(inputs.activation("x", (rows, k)), 0, k, norm=norm)
     weights = [sizes.packed(inputs, n, k) for n in outputs]
     grouped = [weights] if name == "gate_up" else [[weight] for weight in weights]
     buffers = [inputs.activation(f"out {i}", (rows, group[0].n)) for i, group in enumerate(grouped)]
@@ -200,5 +199,6 @@ def _bench_launches(sizes: BenchSizes, name: str, outputs: list[int], k: int, ro
             buffers.append(inputs.activation("residual", (rows, n)))
         program.store(result, slot + i, row_stride=n)
         segments.append(Segment(group, program))
-    step = inputs.step(rows, sampling={} if head else None)
-    return launches(x, segments, step, buffers, params.MS_ROWS_SAMPLED if head else params.MS_ROWS_TOKENS, rows)
+    if name == "head":
+        return launches(x, segments, inputs.step(rows, sampling={}), buffers, params.MS_ROWS_SAMPLED, rows)
+    return launches(x, segments, inputs.step(rows), buffers, params.MS_ROWS_TOKENS, rows)
