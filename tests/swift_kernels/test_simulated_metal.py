@@ -2,35 +2,24 @@
 import itertools
 import os
 import re
-import shutil
-import sys
 import threading
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from simulated_kernels import COUNT, HEAD, NEEDS, SEEDS, kernel, launch, out, result_of, run
 
 from metalstep.kernels import params
-from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.metal_source import metal_source
 from metalstep.kernels.native import NativeDevice
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform == "darwin", reason="this machine's Metal is not simulated"),
-    pytest.mark.skipif(
-        shutil.which(os.environ.get("METALSTEP_CLANG", "clang++")) is None,
-        reason="simulated Metal needs clang++: put it on PATH or set METALSTEP_CLANG",
-    ),
-]
-HEAD = "#include <metal_stdlib>\nusing namespace metal;\n"
-SEEDS = range(6)
-COUNT = 128  # elements of out
+pytestmark = NEEDS
 
 
 @pytest.fixture
 def metal():
-    with NativeDevice.open("metal") as device:
+    with NativeDevice.open("metal-sim") as device:
         yield device
 
 
@@ -38,38 +27,6 @@ def metal():
 def seed(request, monkeypatch):
     monkeypatch.setenv("METALSTEP_SIM_SEED", str(request.param))
     return request.param
-
-
-def kernel(body: str, name: str = "k", parameters: str = "") -> str:
-    return f"""{HEAD}kernel void {name}(device float* o [[buffer(0)]], {parameters} uint i [[thread_index_in_threadgroup]],
-      uint lane [[thread_index_in_simdgroup]]) {{
-      {body}
-    }}"""
-
-
-def out(device: NativeDevice, count: int = COUNT) -> Buffer:
-    owner = device.create_buffer(count * 4)
-    owner.numpy(np.float32, (count,))[:] = np.nan
-    return Buffer(owner.handle, 0, (count,), "float32")
-
-
-def launch(name: str, *bindings: Buffer, constants: bytes = b"", threads: int = COUNT, barrier: bool = False) -> Launch:
-    return Launch(name, list(bindings), constants, (1, 1, 1), (threads, 1, 1), barrier)
-
-
-def run(device: NativeDevice, *launches: Launch, steps: int = 1) -> None:
-    plan = device.create_plan(list(launches), 1, 1)
-    try:
-        plan.wait(plan.run(steps))
-    finally:
-        plan.close()
-
-
-def result_of(device: NativeDevice, source: str, **options) -> np.ndarray:
-    device.add_library(source)
-    buffer = out(device)
-    run(device, launch("k", buffer, **options))
-    return device.numpy(buffer, np.float32, buffer.shape).copy()
 
 
 @pytest.mark.parametrize("threads", [1, 31, 33, 128])
@@ -163,7 +120,7 @@ def test_a_missing_barrier_in_add_rms_norm_is_seen():
         for seed in SEEDS:
             os.environ["METALSTEP_SIM_SEED"] = str(seed)
             try:
-                with NativeDevice.open("metal") as device:
+                with NativeDevice.open("metal-sim") as device:
                     device.add_library(source)
                     buffers = [out(device, 64) for _ in range(4)]
                     for buffer in buffers[:3]:
@@ -213,7 +170,7 @@ def test_a_missing_barrier_between_launches_is_seen(metal, monkeypatch):
 @settings(max_examples=15, deadline=None)
 def test_steps_and_tickets_follow_one_another(steps, runs):
     """More steps than Metal keeps command buffers, several tickets in flight, waited for backwards."""
-    with NativeDevice.open("metal") as device:
+    with NativeDevice.open("metal-sim") as device:
         device.add_library(ADD)
         buffer = out(device)
         device.numpy(buffer, np.float32, (COUNT,))[:] = 0
@@ -254,7 +211,7 @@ def test_a_failed_run_is_told_once_and_others_are_not_touched(metal):
 
 
 def test_a_device_closes_while_a_plan_runs():
-    device = NativeDevice.open("metal")
+    device = NativeDevice.open("metal-sim")
     device.add_library(kernel(SLOW))
     plan = device.create_plan([launch("k", out(device))], 1, 1)
     plan.run(2)
@@ -305,7 +262,7 @@ def test_a_profile_has_a_time_for_each_launch(metal):
         (kernel("threadgroup float a[2], b[3];"), "program_source:5: error: a threadgroup variable must be declared alone"),
         (kernel("threadgroup float a = 3;"), "a threadgroup variable must be declared alone"),
         (kernel("o[0] = 1;").replace("uint i [[", "bfloat b [[stage_in]], uint i [["), "error: .*sim_stage_in"),
-        (HEAD + "MS_INSTANCE(a, b<float>)", "MS_INSTANCE of b, which is not a kernel"),
+        (HEAD + "MS_INSTANCE(a, b<float>)", "an instance of b, which is not a kernel"),
         (kernel("bfloat b = 1.0f; o[i] = b;"), "error: no viable conversion from 'float' to 'bfloat'"),
     ],
 )
@@ -348,8 +305,8 @@ def test_a_binding_that_a_kernel_needs_and_a_launch_lacks_fails_the_run(metal):
 
 
 def test_threads_of_a_pool_are_refused():
-    with pytest.raises(ValueError, match="metal: threads is 2, expected 0"):
-        NativeDevice.open("metal", 2)
+    with pytest.raises(ValueError, match="metal-sim: threads is 2, expected 0"):
+        NativeDevice.open("metal-sim", 2)
 
 
 def test_a_seed_that_is_no_number_fails_the_run(metal, monkeypatch):
@@ -368,7 +325,7 @@ def test_compiled_kernels_are_kept(monkeypatch, tmp_path):
     """The second time no compiler runs: a file changed meanwhile stays as it is."""
     monkeypatch.setenv("METALSTEP_SIM_CACHE", str(tmp_path / "a" / "b"))
     for _ in range(2):
-        with NativeDevice.open("metal") as device:
+        with NativeDevice.open("metal-sim") as device:
             device.add_library(ADD)
         files = sorted(path.suffix for path in (tmp_path / "a" / "b").iterdir())
         assert files == [".cpp", ".so"]

@@ -1,13 +1,15 @@
 import Glibc
 
-/// Compiles translated kernels with clang, once: results are kept in a folder of the user, by the hash of all that goes in.
+/// Compiles translated kernels with clang, once: results are kept in a folder of the user, by the hash of all that goes
+/// in.
 enum KernelCompiler {
   private static let common = [
-    "-x", "c++", "-std=c++17", "-O2", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing",
-    "-fno-math-errno", "-fvisibility=default", "-ffp-contract=fast", "-Wno-everything", "-Werror=return-type",
+    "-x", "c++", "-std=c++17", "-fPIC", "-shared", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing",
+    "-fno-math-errno", "-fvisibility=default", "-ffp-contract=fast", "-fstack-clash-protection",
+    "-Wno-everything", "-Werror=return-type",
   ]
   #if arch(x86_64)
-  private static let target = ["-mavx2", "-mfma", "-mf16c"]
+  private static let target = ["-mavx2", "-mfma", "-mf16c", "-Xclang", "-ffloat16-excess-precision=none"]
   #else
   private static let target: [String] = []
   #endif
@@ -17,7 +19,11 @@ enum KernelCompiler {
   /// - Throws: `SimError` with the compiler's own text, or saying that there is no compiler.
   static func library(text: String, fastMath: Bool) throws -> String {
     let compiler = try findCompiler()
-    let arguments = common + target + (fastMath ? ["-ffast-math"] : [])
+    let mode = try SimMode.chosen()
+    var arguments = common + target + mode.arguments + (fastMath ? ["-ffast-math"] : [])
+    if let runtime = mode.runtime {
+      arguments.append("-Wl,-rpath," + (try folder(of: runtime, compiler.path)))
+    }
     // The compiler is named in the text's first line, so that equal texts were compiled alike.
     let stored = "// \(compiler.identity) \(arguments.joined(separator: " "))\n" + text
     let folder = try cacheFolder()
@@ -30,7 +36,7 @@ enum KernelCompiler {
     defer { unlink(outputs.messages) }
     try write(stored, to: outputs.source)
     let status = try run(
-      compiler.path, arguments + ["-o", outputs.library, outputs.source, "-lm"], messages: outputs.messages)
+      compiler.path, arguments + ["-o", outputs.library, outputs.source, "-lm"], output: outputs.messages)
     guard status == 0 else {
       let messages = read(outputs.messages) ?? ""
       unlink(outputs.source)
@@ -58,6 +64,17 @@ enum KernelCompiler {
         simulated Metal compiles kernels with clang++, and there is no \(name)\(name.contains("/") ? "" : " on PATH"); \
         install clang or set METALSTEP_CLANG to its path (the host device needs no compiler)
         """)
+  }
+
+  /// Where the compiler keeps `file` of its own.
+  private static func folder(of file: String, _ compiler: String) throws -> String {
+    let answer = try cacheFolder() + "/\(getpid()).\(pthread_self()).answer.txt"
+    defer { unlink(answer) }
+    let status = try run(compiler, ["-print-file-name=\(file)"], output: answer)
+    guard status == 0, let path = read(answer), let slash = path.lastIndex(of: "/") else {
+      throw SimError(description: "\(compiler) has no \(file), which METALSTEP_SIM_SANITIZE needs")
+    }
+    return String(path[..<slash])
   }
 
   /// METALSTEP_SIM_CACHE, else metalstep/simulator in the user's cache folder.
@@ -90,12 +107,13 @@ enum KernelCompiler {
     return path
   }
 
-  private static func run(_ program: String, _ arguments: [String], messages: String) throws -> Int32 {
+  /// - Parameter output: the file for what the program writes.
+  private static func run(_ program: String, _ arguments: [String], output: String) throws -> Int32 {
     var actions = posix_spawn_file_actions_t()
     posix_spawn_file_actions_init(&actions)
     defer { posix_spawn_file_actions_destroy(&actions) }
-    posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, "/dev/null", O_WRONLY, 0)
-    posix_spawn_file_actions_addopen(&actions, STDERR_FILENO, messages, O_CREAT | O_WRONLY | O_TRUNC, 0o600)
+    posix_spawn_file_actions_addopen(&actions, STDOUT_FILENO, output, O_CREAT | O_WRONLY | O_TRUNC, 0o600)
+    posix_spawn_file_actions_adddup2(&actions, STDOUT_FILENO, STDERR_FILENO)
     var words: [UnsafeMutablePointer<CChar>?] = ([program] + arguments).map { strdup($0) } + [nil]
     defer { for word in words { free(word) } }
     var process: pid_t = 0

@@ -1,72 +1,91 @@
 /// Metal source to C++ source. The text is kept, line for line, but for what C++ has no word for:
-/// - attributes `[[...]]` go; those of a kernel's parameters are listed for its entry point (metal_stdlib.h: SIM_ENTRY),
+/// - attributes `[[...]]` go; those of a kernel's parameters are listed for its entry point (sim_entry.h: SIM_ENTRY),
 ///   where C++ deduces the parameters' types by itself;
-/// - `MS_INSTANCE(name, function)` becomes an entry point, and so does every kernel that is not a template;
-/// - `threadgroup T x[n];` in a body becomes a reference to memory of the running threadgroup.
+/// - instances become entry points, and so does every kernel that is not a template;
+/// - `threadgroup T x[n];` in a body becomes a reference to memory of the running threadgroup;
+/// - function constants get their values (SimFunctionConstants) and repeats for other address spaces go (SimOverloads).
 /// What it cannot classify is an error: a threadgroup array taken for a thread's own would hide a missing barrier.
 struct KernelScanner {
   struct Kernel {
-    var attributes: [String]  // "buffer<0>", "thread_position_in_grid", ...
-    var isTemplate: Bool
-    /// Indices of `[[buffer(i)]]`.
-    var buffers: [Int] { attributes.compactMap { $0.hasPrefix("buffer<") ? Int($0.dropFirst(7).dropLast()) : nil } }
+    struct Parameter {
+      let attribute: String  // "buffer<0>", "thread_position_in_grid", ...
+      let isConditional: Bool  // bound only where a function constant says so
+    }
+    let parameters: [Parameter]
+    let isTemplate: Bool
+    /// Indices of `[[buffer(i)]]` that must be bound.
+    var buffers: [Int] {
+      parameters.filter { !$0.isConditional && $0.attribute.hasPrefix("buffer<") }
+        .compactMap { Int($0.attribute.dropFirst(7).dropLast()) }
+    }
   }
   struct Translation {
     var text: String
     var kernels: [String: Kernel]  // by the name that makeFunction takes
   }
-  private struct Edit {
+  private struct Definition {
+    let name: String
+    let kernel: Kernel
+    let end: Int
+  }
+  private struct Instance {
     let range: Range<Int>
-    let text: String
+    let name: String
+    let function: String  // with its template arguments
   }
+  private typealias Edit = SimSourceText.Edit
 
-  private let source: [UInt8]
-  /// `source` with comments, strings and preprocessor lines blanked: what is code, at the same positions.
-  private let code: [UInt8]
+  private let text: SimSourceText
 
-  init(_ text: String) {
-    source = Array(text.utf8)
-    code = Self.blanked(source)
-  }
+  init(_ source: String) { text = SimSourceText(source) }
 
   func translate() throws -> Translation {
     try refuseQuotedIncludes()
     var edits = attributeEdits() + (try threadgroupEdits())
+    edits += try SimFunctionConstants(text).edits
+    edits += SimOverloads(text).repeats
     let definitions = try kernelDefinitions()
     var kernels: [String: Kernel] = [:]
-    for (name, kernel, end) in definitions {
-      let list = kernel.attributes.map { "sim_" + $0 }.joined(separator: ", ")
-      var text = " using sim_attributes_\(name) = sim_list<\(list)>;"
+    for definition in definitions {
+      let (name, kernel) = (definition.name, definition.kernel)
+      let list = kernel.parameters.map { "sim_" + $0.attribute }.joined(separator: ", ")
+      var entry = " using sim_attributes_\(name) = sim_list<\(list)>;"
       if !kernel.isTemplate {
-        text += " SIM_ENTRY(\(name), sim_attributes_\(name), \(name))"
+        entry += " SIM_ENTRY(\(name), sim_attributes_\(name), \(name))"
         kernels[name] = kernel
       }
-      edits.append(Edit(range: end..<end, text: text))
+      edits.append(Edit(range: definition.end..<definition.end, text: entry))
     }
-    for instance in try instances() {
+    for instance in try macroInstances("MS_INSTANCE") + macroInstances("instantiate_kernel") + explicitInstances() {
       let function = String(instance.function.prefix { $0 != "<" }).trimmed
       guard let definition = definitions.first(where: { $0.name == function }) else {
-        throw error(at: instance.range.lowerBound, "MS_INSTANCE of \(function), which is not a kernel of this source")
+        throw text.error(
+          at: instance.range.lowerBound, "an instance of \(function), which is not a kernel of this source")
+      }
+      guard instance.name.isIdentifier else {
+        throw text.error(
+          at: instance.range.lowerBound, "\"\(instance.name)\" as a kernel's name, expected an identifier")
       }
       guard kernels.updateValue(definition.kernel, forKey: instance.name) == nil else {
-        throw error(at: instance.range.lowerBound, "a second kernel \(instance.name)")
+        throw text.error(at: instance.range.lowerBound, "a second kernel \(instance.name)")
       }
-      let text = "SIM_ENTRY(\(instance.name), sim_attributes_\(function), \(instance.function))"
-      edits.append(Edit(range: instance.range, text: text))
+      let entry = "SIM_ENTRY(\(instance.name), sim_attributes_\(function), \(instance.function))"
+      edits.append(Edit(range: instance.range, text: entry))
     }
-    return Translation(text: applied(edits), kernels: kernels)
+    // The simulator brings the library itself.
+    let lines = text.applied(edits).split(separator: "\n", omittingEmptySubsequences: false)
+    let kept = lines.map { $0.filter { $0 != " " }.hasPrefix("#include<metal_") ? "" : $0 }
+    return Translation(text: kept.joined(separator: "\n"), kernels: kernels)
   }
-
-  // MARK: what is looked for
 
   private func refuseQuotedIncludes() throws {
     var position = 0
-    for line in Self.blanked(source, keepingDirectives: true).split(
+    for line in SimSourceText.blanked(text.source, keepingDirectives: true).split(
       separator: UInt8(ascii: "\n"), omittingEmptySubsequences: false)
     {
       position += line.count + 1
       if line.filter({ !$0.isSpace }).starts(with: Array("#include\"".utf8)) {
-        throw error(at: position - 1, "a quoted include: run-time source has no include path; inline the file")
+        throw text.error(at: position - 1, "a quoted include: run-time source has no include path; inline the file")
       }
     }
   }
@@ -74,8 +93,8 @@ struct KernelScanner {
   private func attributeEdits() -> [Edit] {
     var edits: [Edit] = []
     var at = 0
-    while let start = find("[[", from: at) {
-      let end = find("]]", from: start).map { $0 + 2 } ?? code.count
+    while let start = text.find("[[", from: at) {
+      let end = text.find("]]", from: start).map { $0 + 2 } ?? text.code.count
       edits.append(Edit(range: start..<end, text: ""))
       at = end
     }
@@ -84,230 +103,138 @@ struct KernelScanner {
 
   /// Each use of the word `threadgroup`: pointers and references stay, variables become group memory.
   private func threadgroupEdits() throws -> [Edit] {
+    let code = text.code
     var edits: [Edit] = []
-    for start in words("threadgroup") {
-      if start >= 2, find("[[", from: start - 2) == start - 2 { continue }  // the attribute
+    for start in text.words("threadgroup") {
+      if start >= 2, text.find("[[", from: start - 2) == start - 2 { continue }  // the attribute
+      if let next = text.skipSpace(start + 11), "{:".utf8.contains(code[next]) { continue }  // a member function's
       // Up to what tells a pointer from a variable, over template arguments.
       var at = start
-      while at < code.count, !"*&;=,)[({".utf8.contains(code[at]) {
-        at = code[at] == UInt8(ascii: "<") ? close(at) : at + 1
+      while at < code.count, !"*&;=,)[({>".utf8.contains(code[at]) {
+        at = code[at] == UInt8(ascii: "<") ? text.close(at) : at + 1
       }
-      guard at < code.count else { throw error(at: start, "threadgroup at the end of the source") }
-      if code[at] == UInt8(ascii: "*") || code[at] == UInt8(ascii: "&") { continue }
-      if code[at] == UInt8(ascii: "("), let next = skipSpace(at + 1), "*&".utf8.contains(code[next]) { continue }
+      guard at < code.count else { throw text.error(at: start, "threadgroup at the end of the source") }
+      if "*&>".utf8.contains(code[at]) { continue }
+      if code[at] == UInt8(ascii: "("), let next = text.skipSpace(at + 1), "*&".utf8.contains(code[next]) { continue }
       var end = at
-      while end < code.count, code[end] == UInt8(ascii: "[") { end = skipSpace(close(end)) ?? code.count }
+      while end < code.count, code[end] == UInt8(ascii: "[") { end = text.skipSpace(text.close(end)) ?? code.count }
       guard end < code.count, code[end] == UInt8(ascii: ";") else {
-        throw error(
+        throw text.error(
           at: start, "a threadgroup variable must be declared alone and without a value: threadgroup T name[sizes];")
       }
-      let declaration = text(start + 11..<at).trimmed
+      let declaration = text.text(start + 11..<at).trimmed
       let name = String(declaration.reversed().prefix { $0.isLetter || $0.isNumber || $0 == "_" }.reversed())
       let type = String(declaration.dropLast(name.count)).trimmed
       guard !name.isEmpty, !type.isEmpty else {
-        throw error(at: start, "a threadgroup variable without a type or a name")
+        throw text.error(at: start, "a threadgroup variable without a type or a name")
       }
       let replacement =
-        "typedef \(type) \(name)_type\(text(at..<end)); static const char \(name)_site = 0; "
+        "typedef \(type) \(name)_type\(text.text(at..<end)); static const char \(name)_site = 0; "
         + "\(name)_type &\(name) = *(\(name)_type *)sim->threadgroup_memory(&\(name)_site, sizeof(\(name)_type));"
       edits.append(Edit(range: start..<end + 1, text: replacement))
     }
     return edits
   }
 
-  private func kernelDefinitions() throws -> [(name: String, kernel: Kernel, end: Int)] {
-    var found: [(name: String, kernel: Kernel, end: Int)] = []
-    for start in words("kernel") {
+  // MARK: kernels
+
+  private func kernelDefinitions() throws -> [Definition] {
+    var found: [Definition] = []
+    for start in text.words("kernel") {
       var at = start + 6
       var first = start
-      if start >= 2, find("[[", from: start - 2) == start - 2 {
+      if start >= 2, text.find("[[", from: start - 2) == start - 2 {
         first = start - 2
-        at = (find("]]", from: start) ?? code.count) + 2
+        at = (text.find("]]", from: start) ?? text.code.count) + 2
       }
-      guard let result = word(from: at), text(result) == "void", let name = word(from: result.upperBound),
-        let open = skipSpace(name.upperBound), code[open] == UInt8(ascii: "(")
-      else { throw error(at: start, "expected `kernel void name(` or `[[kernel]] void name(`") }
-      let end = close(open)
-      let title = text(name)
-      var attributes: [String] = []
-      for (i, parameter) in splitAtCommas(open + 1..<end - 1).enumerated() {
-        guard let attribute = attribute(in: parameter) else {
-          throw error(at: parameter.lowerBound, "parameter \(i + 1) of kernel \(title) has no attribute")
-        }
-        attributes.append(attribute)
+      guard let result = text.word(from: at) else { throw unexpected(start) }
+      if text.text(result) == "decltype" { continue }  // an instance
+      guard text.text(result) == "void", let name = text.word(from: result.upperBound),
+        let open = text.skipSpace(name.upperBound), text.code[open] == UInt8(ascii: "(")
+      else { throw unexpected(start) }
+      let end = text.close(open)
+      let title = text.text(name)
+      let parameters = try parameters(of: title, in: text.inside(open))
+      guard let body = text.skipSpace(end), text.code[body] == UInt8(ascii: "{") else {
+        throw text.error(at: start, "kernel \(title) is declared without a body")
       }
-      guard let body = skipSpace(end), code[body] == UInt8(ascii: "{") else {
-        throw error(at: start, "kernel \(title) is declared without a body")
-      }
-      let before = code[..<first].last { !$0.isSpace }
-      let kernel = Kernel(attributes: attributes, isTemplate: before == UInt8(ascii: ">"))
-      found.append((title, kernel, close(body)))
+      let before = text.code[..<first].last { !$0.isSpace }
+      let kernel = Kernel(parameters: parameters, isTemplate: before == UInt8(ascii: ">"))
+      found.append(Definition(name: title, kernel: kernel, end: text.close(body)))
     }
     return found
   }
 
-  private func instances() throws -> [(range: Range<Int>, name: String, function: String)] {
-    try words("MS_INSTANCE").map { start in
-      guard let open = skipSpace(start + 11), code[open] == UInt8(ascii: "(") else {
-        throw error(at: start, "expected MS_INSTANCE(name, function)")
+  private func unexpected(_ start: Int) -> SimError {
+    text.error(at: start, "expected `kernel void name(` or `[[kernel]] void name(`")
+  }
+
+  /// Metal numbers pointers, arrays and references without an attribute, each after the buffer before it.
+  private func parameters(of title: String, in range: Range<Int>) throws -> [Kernel.Parameter] {
+    var parameters: [Kernel.Parameter] = []
+    var nextBuffer = 0
+    for (i, parameter) in text.splitAtCommas(range).enumerated() {
+      var attributes = attributes(in: parameter)
+      if attributes.isEmpty, text.code[parameter].contains(where: { "*&[".utf8.contains($0) }) {
+        attributes = ["buffer<\(nextBuffer)>"]
       }
-      let end = close(open)
-      let parts = text(open + 1..<end - 1).split(separator: ",", maxSplits: 1).map { String($0).trimmed }
-      guard parts.count == 2 else { throw error(at: start, "expected MS_INSTANCE(name, function)") }
-      return (start..<end, parts[0], parts[1])
-    }
-  }
-
-  /// The last attribute in a parameter's declaration, as a template's name: `buffer(0)` is `buffer<0>`.
-  private func attribute(in parameter: Range<Int>) -> String? {
-    guard let start = find("[[", from: parameter.lowerBound), start < parameter.upperBound,
-      let end = find("]]", from: start), end < parameter.upperBound
-    else { return nil }
-    return text(start + 2..<end).filter { !$0.isWhitespace }.map { $0 == "(" ? "<" : $0 == ")" ? ">" : String($0) }
-      .joined()
-  }
-
-  // MARK: text
-
-  /// Comments and strings, and unless kept preprocessor lines, become spaces.
-  private static func blanked(_ source: [UInt8], keepingDirectives: Bool = false) -> [UInt8] {
-    var code = source
-    let newline = UInt8(ascii: "\n")
-    let quote = UInt8(ascii: "\"")
-    let backslash = UInt8(ascii: "\\")
-    let slash = UInt8(ascii: "/")
-    var at = 0
-    var lineIsEmpty = true
-    func starts(_ first: UInt8, _ second: UInt8) -> Bool {
-      source[at] == first && at + 1 < source.count && source[at + 1] == second
-    }
-    func blank(while condition: () -> Bool) {
-      while at < source.count, condition() {
-        if source[at] != newline { code[at] = UInt8(ascii: " ") }
-        at += 1
+      guard let attribute = attributes.first(where: { !$0.hasPrefix("function_constant<") }) else {
+        throw text.error(at: parameter.lowerBound, "parameter \(i + 1) of kernel \(title) has no attribute")
       }
+      if attribute.hasPrefix("buffer<"), let index = Int(attribute.dropFirst(7).dropLast()) { nextBuffer = index + 1 }
+      parameters.append(.init(attribute: attribute, isConditional: attributes.count > 1))
     }
-    while at < source.count {
-      if starts(slash, slash) {
-        blank { source[at] != newline }
-      } else if starts(slash, UInt8(ascii: "*")) {
-        let start = at
-        blank { !(at >= start + 4 && source[at - 1] == slash && source[at - 2] == UInt8(ascii: "*")) }
-      } else if source[at] == UInt8(ascii: "#"), lineIsEmpty, !keepingDirectives {
-        blank { source[at] != newline || source[at - 1] == backslash }
-      } else if source[at] == quote, !keepingDirectives {
-        let start = at
-        blank { source[at] != newline && !(at > start + 1 && source[at - 1] == quote && source[at - 2] != backslash) }
-      } else {
-        if source[at] == newline { lineIsEmpty = true } else if !source[at].isSpace { lineIsEmpty = false }
-        at += 1
+    return parameters
+  }
+
+  /// The attributes in a parameter's declaration, as templates' names: `buffer(0)` is `buffer<0>`.
+  private func attributes(in parameter: Range<Int>) -> [String] {
+    guard let start = text.find("[[", from: parameter.lowerBound), start < parameter.upperBound,
+      let end = text.find("]]", from: start), end < parameter.upperBound
+    else { return [] }
+    return text.splitAtCommas(start + 2..<end).map { part in
+      text.text(part).filter { !$0.isWhitespace }.map { $0 == "(" ? "<" : $0 == ")" ? ">" : String($0) }.joined()
+    }
+  }
+
+  // MARK: instances
+
+  /// `MS_INSTANCE(name, f<args>)` of the project, `instantiate_kernel("name", f, args...)` of MLX.
+  private func macroInstances(_ macro: StaticString) throws -> [Instance] {
+    try text.words(macro).map { start in
+      let expected = text.error(at: start, "expected \(macro)(name, function)")
+      guard let open = text.skipSpace(start + macro.utf8CodeUnitCount), text.code[open] == UInt8(ascii: "(") else {
+        throw expected
       }
-    }
-    return code
-  }
-
-  private func text(_ range: Range<Int>) -> String { String(decoding: code[range], as: UTF8.self) }
-
-  private func find(_ pattern: StaticString, from start: Int) -> Int? {
-    let bytes = UnsafeBufferPointer(start: pattern.utf8Start, count: pattern.utf8CodeUnitCount)
-    guard start >= 0, code.count >= bytes.count, start <= code.count - bytes.count else { return nil }
-    return (start...code.count - bytes.count).first { code[$0..<$0 + bytes.count].elementsEqual(bytes) }
-  }
-
-  /// Where the identifier `name` stands.
-  private func words(_ name: StaticString) -> [Int] {
-    var found: [Int] = []
-    var at = 0
-    while let start = find(name, from: at) {
-      at = start + name.utf8CodeUnitCount
-      if (start == 0 || !code[start - 1].isIdentifier) && (at == code.count || !code[at].isIdentifier) {
-        found.append(start)
+      let end = text.close(open)
+      let parts = text.splitAtCommas(text.inside(open))
+      guard parts.count >= 2 else { throw expected }
+      if let name = text.literal(in: parts[0]) {
+        let function = text.text(parts[1]).trimmed
+        let arguments = text.text(parts[1].upperBound..<text.inside(open).upperBound).dropFirst()
+        return Instance(range: start..<end, name: name, function: "\(function)<\(arguments)>")
       }
+      let name = text.text(parts[0]).trimmed
+      let function = text.text(parts[1].lowerBound..<text.inside(open).upperBound).trimmed
+      return Instance(range: start..<end, name: name, function: function)
     }
-    return found
   }
 
-  private func skipSpace(_ start: Int) -> Int? { start < code.count ? code[start...].firstIndex { !$0.isSpace } : nil }
-
-  private func word(from start: Int) -> Range<Int>? {
-    guard let first = skipSpace(start), code[first].isIdentifier else { return nil }
-    return first..<(code[first...].firstIndex { !$0.isIdentifier } ?? code.count)
-  }
-
-  /// The position after the bracket that closes the one at `open`.
-  private func close(_ open: Int) -> Int {
-    let pairs: [UInt8: UInt8] = [
-      UInt8(ascii: "("): UInt8(ascii: ")"), UInt8(ascii: "["): UInt8(ascii: "]"), UInt8(ascii: "{"): UInt8(ascii: "}"),
-      UInt8(ascii: "<"): UInt8(ascii: ">"),
-    ]
-    var depth = 0
-    for at in open..<code.count {
-      if code[at] == code[open] { depth += 1 }
-      if code[at] == pairs[code[open]] { depth -= 1 }
-      if depth == 0 { return at + 1 }
-    }
-    return code.count
-  }
-
-  private func splitAtCommas(_ range: Range<Int>) -> [Range<Int>] {
-    var parts: [Range<Int>] = []
-    var depth = 0
-    var start = range.lowerBound
-    for at in range {
-      if "(<[".utf8.contains(code[at]) { depth += 1 }
-      if ")>]".utf8.contains(code[at]) { depth -= 1 }
-      if code[at] == UInt8(ascii: ","), depth == 0 {
-        parts.append(start..<at)
-        start = at + 1
+  /// `template [[host_name("name")]] [[kernel]] decltype(f<args>) f<args>;`
+  private func explicitInstances() throws -> [Instance] {
+    let templates = text.words("template")
+    return try text.words("host_name").map { attribute in
+      guard let template = templates.last(where: { $0 < attribute }),
+        text.text(template + 8..<attribute).filter({ !$0.isWhitespace }) == "[[",
+        let end = text.find(";", from: attribute), let name = text.literal(in: attribute..<end),
+        let type = text.find("decltype", from: attribute), type < end, let open = text.skipSpace(type + 8),
+        text.code[open] == UInt8(ascii: "(")
+      else {
+        throw text.error(
+          at: attribute, "expected template [[host_name(\"name\")]] [[kernel]] decltype(function) function;")
       }
+      let function = text.text(text.inside(open)).trimmed
+      return Instance(range: template..<end + 1, name: name, function: function)
     }
-    if let last = skipSpace(start), last < range.upperBound { parts.append(start..<range.upperBound) }
-    return parts
-  }
-
-  /// `source` with the edits made; lines keep their numbers.
-  private func applied(_ edits: [Edit]) -> String {
-    var result: [UInt8] = []
-    var at = 0
-    for edit in edits.sorted(by: { $0.range.lowerBound < $1.range.lowerBound }) where edit.range.lowerBound >= at {
-      result += source[at..<edit.range.lowerBound]
-      result += Array(edit.text.utf8)
-      result += source[edit.range].filter { $0 == UInt8(ascii: "\n") }
-      at = edit.range.upperBound
-    }
-    result += source[at...]
-    // The translator brings the library itself.
-    return String(decoding: result, as: UTF8.self).split(separator: "\n", omittingEmptySubsequences: false)
-      .map { $0.hasPrefix("#include <metal_") ? "" : $0 }.joined(separator: "\n")
-  }
-
-  /// An error where the compiler would see it: `#line` counts.
-  private func error(at position: Int, _ text: String) -> SimError {
-    var file = "program_source"
-    var line = 0
-    for content in source[..<min(position, source.count)].split(
-      separator: UInt8(ascii: "\n"), omittingEmptySubsequences: false)
-    {
-      line += 1
-      let words = String(decoding: content, as: UTF8.self).split(separator: " ")
-      if words.count == 3, words[0] == "#line", let next = Int(words[1]) {
-        file = String(words[2].dropFirst().dropLast())
-        line = next - 1
-      }
-    }
-    return SimError(description: "\(file):\(max(line, 1)): error: \(text)")
-  }
-}
-
-extension UInt8 {
-  fileprivate var isSpace: Bool { self == 32 || (9...13).contains(self) }
-  fileprivate var isIdentifier: Bool {
-    (48...57).contains(self) || (65...90).contains(self) || (97...122).contains(self) || self == 95
-  }
-}
-
-extension String {
-  fileprivate var trimmed: String {
-    String(drop { $0.isWhitespace }.reversed().drop { $0.isWhitespace }.reversed())
   }
 }

@@ -1,7 +1,6 @@
 // Apple's Metal API, as much of it as the launcher uses, on the CPU. Names, labels and raw values are those of
-// `import Metal`, so that MetalDevice.swift is one text for both. This file: values; MetalProtocols.swift: objects.
-
-public typealias CFTimeInterval = Double
+// `import Metal`, so that the launcher's Metal files are one text for both. This file: values; MetalDescriptors.swift
+// and MetalProtocols.swift: objects; FoundationTypes.swift: what Metal takes from Foundation.
 
 public struct MTLSize {
   public var width: Int
@@ -29,6 +28,20 @@ public struct MTLBarrierScope: OptionSet, Sendable {
   public static let buffers = MTLBarrierScope(rawValue: 1)
 }
 
+public struct MTLPipelineOption: OptionSet, Sendable {
+  public let rawValue: UInt
+  public init(rawValue: UInt) { self.rawValue = rawValue }
+
+  public static let failOnBinaryArchiveMiss = MTLPipelineOption(rawValue: 4)
+}
+
+public struct MTLCommandBufferErrorOption: OptionSet, Sendable {
+  public let rawValue: UInt
+  public init(rawValue: UInt) { self.rawValue = rawValue }
+
+  public static let encoderExecutionStatus = MTLCommandBufferErrorOption(rawValue: 1)
+}
+
 public enum MTLDispatchType: UInt, Sendable {
   case serial = 0
   case concurrent = 1
@@ -43,32 +56,27 @@ public enum MTLCommandBufferStatus: UInt, Sendable {
   case error = 5
 }
 
+public enum MTLCommandEncoderErrorState: Int, Sendable {
+  case unknown = 0
+  case completed = 1
+  case affected = 2
+  case pending = 3
+  case faulted = 4
+}
+
 public enum MTLMathMode: Int, Sendable {
   case safe = 0
   case relaxed = 1
   case fast = 2
 }
 
-public final class MTLCompileOptions {
-  public init() {}
-
-  public var mathMode = MTLMathMode.fast
-  @available(*, deprecated, message: "Use mathMode instead")
-  public var fastMathEnabled: Bool {
-    get { mathMode == .fast }
-    set { mathMode = newValue ? .fast : .safe }
-  }
+public enum MTLMathFloatingPointFunctions: Int, Sendable {
+  case fast = 0
+  case precise = 1
 }
 
-/// What Metal gives as an NSError.
-struct SimError: Error, CustomStringConvertible {
-  let description: String
+public enum MTLLanguageVersion: UInt, Sendable {
+  case version3_0 = 196608
+  case version3_1 = 196609
+  case version3_2 = 196610
 }
-
-extension Error {
-  /// Foundation's, which is not linked here.
-  public var localizedDescription: String { "\(self)" }
-}
-
-/// Objective-C's, which has nothing to release here.
-public func autoreleasepool<Result>(invoking body: () throws -> Result) rethrows -> Result { try body() }

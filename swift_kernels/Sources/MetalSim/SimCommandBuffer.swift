@@ -1,83 +1,34 @@
-import CMetalSim
 import Glibc
 
-/// A dispatch with everything it was encoded with.
-struct SimDispatch {
-  typealias Argument = (buffer: SimBuffer, offset: Int)
-
-  let function: SimFunction
-  let arguments: [Argument?]  // by index
-  let grid: MTLSize
-  let threads: MTLSize
-
-  /// - Throws: `SimError` naming the kernel.
-  func run(seed: UInt64) throws {
-    let pointers = arguments.map { argument in argument.map { $0.buffer.contents() + $0.offset } }
-    for index in function.buffers where !pointers.indices.contains(index) || pointers[index] == nil {
-      throw SimError(description: "\(function.name): nothing is bound to [[buffer(\(index))]]")
-    }
-    var message = [CChar](repeating: 0, count: SIM_MESSAGE)
-    guard sim_dispatch(function.entry, pointers, grid.words, threads.words, seed, &message) == 0 else {
-      throw SimError(description: "\(function.name): \(String(cString: message))")
-    }
-  }
-}
-
-final class SimEncoder: MTLComputeCommandEncoder {
-  private static let bufferSlots = 31  // of Metal's argument table
-
-  private let commands: SimCommandBuffer
-  private let isSerial: Bool
-  private var pipeline: SimPipeline?
-  private var arguments = [SimDispatch.Argument?](repeating: nil, count: bufferSlots)
-
-  init(_ commands: SimCommandBuffer, _ type: MTLDispatchType) {
-    self.commands = commands
-    isSerial = type == .serial
-  }
-
-  func setComputePipelineState(_ state: any MTLComputePipelineState) { pipeline = state as? SimPipeline }
-
-  func setBuffer(_ buffer: (any MTLBuffer)?, offset: Int, index: Int) {
-    guard arguments.indices.contains(index) else { return commands.fail("setBuffer at index \(index)") }
-    guard let buffer = buffer as? SimBuffer else {
-      arguments[index] = nil
-      return
-    }
-    guard (0..<buffer.length).contains(offset) else {
-      return commands.fail("setBuffer at offset \(offset) of a buffer of \(buffer.length) bytes")
-    }
-    arguments[index] = (buffer, offset)
-  }
-
-  func dispatchThreadgroups(_ threadgroupsPerGrid: MTLSize, threadsPerThreadgroup: MTLSize) {
-    guard let pipeline else { return commands.fail("a dispatch without a pipeline") }
-    commands.append(
-      SimDispatch(
-        function: pipeline.function, arguments: arguments, grid: threadgroupsPerGrid, threads: threadsPerThreadgroup))
-    if isSerial { commands.barrier() }
-  }
-
-  func memoryBarrier(scope: MTLBarrierScope) { commands.barrier() }
-  func endEncoding() { commands.endEncoding() }
-}
-
 final class SimCommandBuffer: MTLCommandBuffer, @unchecked Sendable {
+  let retainsReferences: Bool
+  private let reportsEncoders: Bool
   private let queue: SimQueue.Worker
+  private let log: SimLog?
+  private var encoders: [(label: String, calls: String)] = []
   private var spans: [[SimDispatch]] = [[]]  // dispatches with no barrier between them
   private var handlers: [MTLCommandBufferHandler] = []
   private var isEncoding = false
+  private var isCommitted = false
   private var seed: UInt64 = 0
   // Written by the worker, under its lock, once the buffer is committed.
   private var progress = MTLCommandBufferStatus.notEnqueued
-  private var failure: SimError?
+  private var failure: SimFailure?
+  private var finalError: SimFailure.CommandBufferError?
   private(set) var gpuStartTime: CFTimeInterval = 0
   private(set) var gpuEndTime: CFTimeInterval = 0
 
-  init(_ queue: SimQueue.Worker) { self.queue = queue }
+  init(_ queue: SimQueue.Worker, _ descriptor: MTLCommandBufferDescriptor, log: SimLog?) {
+    self.queue = queue
+    self.log = log
+    retainsReferences = descriptor.retainedReferences
+    reportsEncoders = descriptor.errorOptions.contains(.encoderExecutionStatus)
+  }
+
+  deinit { if !isCommitted { queue.finish() } }
 
   var status: MTLCommandBufferStatus { queue.locked { progress } }
-  var error: (any Error)? { queue.locked { failure } }
+  var error: (any Error)? { queue.locked { finalError } }
 
   func makeComputeCommandEncoder(dispatchType: MTLDispatchType) -> (any MTLComputeCommandEncoder)? {
     guard !isEncoding else { return nil }
@@ -88,13 +39,15 @@ final class SimCommandBuffer: MTLCommandBuffer, @unchecked Sendable {
   func append(_ dispatch: SimDispatch) { spans[spans.count - 1].append(dispatch) }
   func barrier() { if !spans[spans.count - 1].isEmpty { spans.append([]) } }
 
-  func endEncoding() {
+  /// - Parameter calls: what the encoder was asked to do, for the log.
+  func endEncoding(label: String, calls: String) {
+    encoders.append((label, calls))
     barrier()
     isEncoding = false
   }
 
   /// Metal's validation layer would stop the program; here the commands fail when they are run.
-  func fail(_ text: String) { if failure == nil { failure = SimError(description: text) } }
+  func fail(_ text: String) { if failure == nil { failure = SimFailure(text: text) } }
 
   func addCompletedHandler(_ block: @escaping MTLCommandBufferHandler) { handlers.append(block) }
 
@@ -104,6 +57,11 @@ final class SimCommandBuffer: MTLCommandBuffer, @unchecked Sendable {
     if let text = environment("METALSTEP_SIM_SEED") {
       if let number = UInt64(text) { seed = number } else { fail("METALSTEP_SIM_SEED is \(text), expected a number") }
     }
+    if let name = environment("METALSTEP_SIM_FAULT") {
+      if let fault = SimFailure.fault(name) { failure = fault } else { fail("METALSTEP_SIM_FAULT is \(name)") }
+    }
+    for encoder in encoders { log?.write("commands \(encoder.label)\(encoder.calls)") }
+    isCommitted = true
     progress = .committed
     queue.enqueue(self)
   }
@@ -118,21 +76,18 @@ final class SimCommandBuffer: MTLCommandBuffer, @unchecked Sendable {
       for span in spans where reason == nil {
         for dispatch in ordered(span) { try dispatch.run(seed: seed) }
       }
-    } catch let error as SimError {
-      reason = error
-    } catch {
-      reason = SimError(description: "\(error)")
-    }
+    } catch { reason = SimFailure(text: "\(error)") }
     let end = now()
+    let error = reason?.error(encoders: reportsEncoders ? encoders.map(\.label) : nil)
     queue.locked {
       gpuStartTime = start
       gpuEndTime = end
-      failure = reason
-      progress = reason == nil ? .completed : .error
+      finalError = error
+      progress = error == nil ? .completed : .error
     }
     for handler in handlers { handler(self) }
     handlers = []  // they may refer to this buffer
-    queue.announce()
+    queue.finish()
   }
 
   /// Between barriers a GPU may take dispatches in any order, and the seed says in which.
@@ -164,8 +119,4 @@ struct SeededGenerator: RandomNumberGenerator {
     z = (z ^ (z >> 27)) &* 0x94d0_49bb_1331_11eb
     return z ^ (z >> 31)
   }
-}
-
-extension MTLSize {
-  fileprivate var words: [UInt32] { [width, height, depth].map { UInt32(clamping: $0) } }
 }

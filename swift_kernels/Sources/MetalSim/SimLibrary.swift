@@ -18,6 +18,7 @@ final class SimLibrary: MTLLibrary {
       throw SimError(description: "\(path) is not a library of simulated kernels; delete it")
     }
     typealias SetRuntime = @convention(c) (UnsafePointer<sim_runtime>?) -> Void
+    sim_find_sanitizers(handle)
     unsafeBitCast(symbol, to: SetRuntime.self)(sim_runtime_functions())
     self.handle = handle
     kernels = translation.kernels

@@ -3,21 +3,39 @@ import Glibc
 
 /// Runs command buffers one after the other on a thread of its own, as a GPU would.
 final class SimQueue: MTLCommandQueue {
-  private let worker = Worker()
+  private let worker: Worker
+  private let log: SimLog?
+
+  /// - Parameter limit: command buffers that exist and have not completed.
+  init(_ limit: Int, log: SimLog?) {
+    worker = Worker(limit)
+    self.log = log
+  }
 
   deinit { worker.stop() }
 
-  func makeCommandBuffer() -> (any MTLCommandBuffer)? { SimCommandBuffer(worker) }
+  /// Waits while there are as many as the queue takes.
+  func makeCommandBuffer(descriptor: MTLCommandBufferDescriptor) -> (any MTLCommandBuffer)? {
+    guard environment("METALSTEP_SIM_FAULT") != "lost" else { return nil }
+    worker.begin()
+    return SimCommandBuffer(worker, descriptor, log: log)
+  }
+
+  func addResidencySet(_ residencySet: any MTLResidencySet) { log?.write("queue adds residency set") }
+  func removeResidencySet(_ residencySet: any MTLResidencySet) { log?.write("queue removes residency set") }
 
   /// The thread and what it shares with others. It outlives the queue until all that was committed is done.
   final class Worker: @unchecked Sendable {
     private let mutex: UnsafeMutablePointer<pthread_mutex_t> = .allocate(capacity: 1)
     private let changed: UnsafeMutablePointer<pthread_cond_t> = .allocate(capacity: 1)
+    private let limit: Int
+    private var unfinished = 0
     private var committed: [SimCommandBuffer] = []
     private var isStarted = false
     private var isStopped = false
 
-    init() {
+    init(_ limit: Int) {
+      self.limit = limit
       pthread_mutex_init(mutex, nil)
       pthread_cond_init(changed, nil)
     }
@@ -48,8 +66,21 @@ final class SimQueue: MTLCommandQueue {
       locked { while !condition() { pthread_cond_wait(changed, mutex) } }
     }
 
-    /// Wakes those in `wait`.
-    func announce() { locked { _ = pthread_cond_broadcast(changed) } }
+    /// A command buffer is made.
+    func begin() {
+      locked {
+        while unfinished >= limit { pthread_cond_wait(changed, mutex) }
+        unfinished += 1
+      }
+    }
+
+    /// A command buffer has completed, or was given up before it was committed.
+    func finish() {
+      locked {
+        unfinished -= 1
+        pthread_cond_broadcast(changed)
+      }
+    }
 
     func stop() {
       locked {
