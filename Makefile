@@ -13,7 +13,7 @@ NATIVE_SOURCES := $(shell find swift_kernels -name .build -prune -o -type f -pri
 C_FILES := $(shell find swift_kernels -name .build -prune -o -type f -name '*.[ch]' -print)
 PROMPT ?= What is the capital of France?
 
-.PHONY: help build demo test lint format sanitize neon test-kernels-all peers dist dist-check clean
+.PHONY: help build demo test lint format sanitize swift-test neon test-kernels-all peers dist dist-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -22,7 +22,8 @@ help:
 	@echo 'make build     the virtual environment $(VENV) and the launcher'
 	@echo 'make lint      ruff, mypy, clang-format, Swift and C with warnings as errors'
 	@echo 'make format    clang-format in place'
-	@echo 'make sanitize  the C kernels under the address, undefined-behaviour and thread sanitizers'
+	@echo 'make sanitize  the C kernels and the simulated GPU kernels under sanitizers'
+	@echo 'make swift-test  the launcher, by its Swift tests'
 	@echo 'make test-kernels-all  every instance of every GPU kernel'
 	@echo 'make neon      the NEON kernels under QEMU, where gcc-aarch64-linux-gnu and qemu-user are installed'
 	@echo 'make peers     $(PEERS) with mlx-lm and llama.cpp for `metalstep bench decode` (10 minutes)'
@@ -74,7 +75,7 @@ demo: build $(VENV)/.smollm2
 test: build $(VENV)/.installed-dev $(VENV)/.smollm2
 	$(BIN)/python -m pytest -q $(TESTS)
 	@set -e; for isa in $$($(BIN)/python tests/kernels/instruction_sets.py); do \
-	  echo "== METALSTEP_CPU=$$isa: tests/kernels"; METALSTEP_CPU=$$isa $(BIN)/python -m pytest -q tests/kernels; \
+	  echo "== METALSTEP_CPU=$$isa: tests/kernels"; METALSTEP_CPU=$$isa $(BIN)/python -m pytest -q tests/kernels --ignore-glob='*test_gpu_*'; \
 	done
 
 # Every instance of every GPU kernel, in the simulator and through the compilers that stand in for Apple's: hours.
@@ -99,8 +100,13 @@ build/.native-lint: $(NATIVE_SOURCES)
 format: $(VENV)/.installed-dev
 	$(BIN)/clang-format -i $(C_FILES)
 
-sanitize:
+sanitize: build $(VENV)/.installed-dev
 	swift_kernels/sanitize/run.sh
+	tests/kernels/sanitize.sh $(BIN)/python
+
+# The launcher's own tests. XCTest comes with a Swift toolchain, but not with Apple's Command Line Tools.
+swift-test:
+	$(SWIFT) test --package-path swift_kernels --scratch-path build/swift-test -Xswiftc -warnings-as-errors
 
 neon:
 	swift_kernels/sanitize/neon.sh

@@ -41,7 +41,8 @@ class NativeUnavailable(RuntimeError):
 
 @dataclass(frozen=True)
 class DeviceInfo:
-    """MSDeviceInfo. isa and threads are the host device's; memory_bytes is what buffers may take in all, 0 when unknown."""
+    """MSDeviceInfo as the device was opened. isa and threads are the host device's; memory_bytes: what buffers may take,
+    0 when unknown (NativeDevice.memory_left says what is left)."""
 
     name: str
     isa: str
@@ -58,7 +59,7 @@ class DeviceBuffer:
     device: NativeDevice
 
     def numpy(self, dtype: DTypeLike, shape: Sequence[int], offset: int = 0) -> np.ndarray:
-        """A writable view of the bytes from `offset` on. Raises: ValueError beyond the end."""
+        """A view of the bytes from `offset` on, writable unless they are wrapped. Raises: ValueError beyond the end."""
         return self.device.view(self.handle, dtype, shape, offset)
 
     def close(self) -> None:
@@ -80,9 +81,11 @@ class NativeDevice:
 
     @classmethod
     def open(cls, name: str = "host", threads: int = 0) -> NativeDevice:
-        """Open "host" or "metal". threads: of the host's pool; 0 takes METALSTEP_THREADS or what the machine has.
+        """Open "host"; "metal", Apple's GPU; or "metal-sim", the same shaders on the CPU, slowly, where there is no Metal.
 
-        Raises: NativeUnavailable without a launcher; ValueError for a name or a count that does not fit.
+        threads: of the host's pool; 0 takes METALSTEP_THREADS or what the machine has.
+        Raises: NativeUnavailable without a launcher; ValueError for a name or a count that does not fit; RuntimeError
+        where the machine lacks the device.
         """
         out = ffi.new("void **")
         _call(_library().ms_device_open, name.encode(), threads, out)
@@ -94,6 +97,23 @@ class NativeDevice:
         _call(session.library.ms_buffer_create, session.pointer, nbytes, out)
         self._memory[out[0]] = _Memory(session, out[0], nbytes)
         return DeviceBuffer(out[0], nbytes, self)
+
+    def wrap_buffer(self, address: int, nbytes: int, keep: object) -> DeviceBuffer:
+        """Memory that is there already, e.g. a mapped file, as a buffer without a copy. Launches and views only read it.
+
+        address: a multiple of the page (wrap the whole mapping and use offsets); the last page is whole, as a mapping's is.
+        keep: what owns the memory; it is held until the buffer is closed and no view, plan or run uses it.
+        Raises: MemoryError where the device cannot take it: copy it then; ValueError for an address or size that does
+        not fit.
+        """
+        session, out = self._open_session(), ffi.new("int32_t *")
+        _call(session.library.ms_buffer_wrap, session.pointer, ffi.cast("void *", address), nbytes, out)
+        self._memory[out[0]] = _Memory(session, out[0], nbytes, keep, is_read_only=True)
+        return DeviceBuffer(out[0], nbytes, self)
+
+    def memory_left(self) -> int:
+        """Bytes that buffers may still take; 0 when unknown. The host device says what the machine has in all."""
+        return self._open_session().info().memory_bytes
 
     def destroy_buffer(self, handle: int) -> None:
         """See DeviceBuffer.close; a second time does nothing."""
@@ -107,7 +127,10 @@ class NativeDevice:
         return self._memory[handle].view(np.dtype(dtype), tuple(shape), offset)
 
     def numpy(self, buffer: Buffer, dtype: DTypeLike, shape: Sequence[int]) -> np.ndarray:
-        """A writable view of a region, seen as `dtype` and `shape`. Raises: ValueError beyond the buffer's end."""
+        """A view of a region, seen as `dtype` and `shape`, writable unless it is wrapped memory.
+
+        Raises: ValueError beyond the buffer's end.
+        """
         return self.view(buffer.handle, dtype, shape, buffer.offset)
 
     def create_plan(self, launches: Sequence[Launch], max_tokens: int, max_sampled: int) -> NativePlan:
@@ -235,7 +258,9 @@ class NativePlan:
         self._launches = len(launches)
         self._handle, self._device_handle = out[0], session.pointer
         self._run, self._wait, self._profile = library.ms_plan_run, library.ms_ticket_wait, library.ms_plan_profile
-        self._destroy = weakref.finalize(self, library.ms_plan_destroy, self._handle)
+        kept = [device._memory[handle].keep for handle in {bind[0] for bind in binds} if handle in device._memory]
+        self._uses: _Uses | None = _Uses(session, [keep for keep in kept if keep is not None])
+        self._destroy = weakref.finalize(self, self._uses.end, library.ms_plan_destroy, self._handle)
         self._destroy.atexit = False  # the process's end frees it
         self._device: NativeDevice | None = device
         device._plans.add(self)
@@ -249,6 +274,8 @@ class NativePlan:
             raise ValueError(f"run: steps is {steps}, expected a small positive number") from None
         if code:
             _fail(code)
+        if uses := self._uses:
+            uses.ticket = max(uses.ticket, ticket[0])
         return ticket[0]
 
     def wait(self, ticket: int, timeout: float | None = None) -> None:
@@ -264,6 +291,9 @@ class NativePlan:
             raise ValueError(f"wait: {ticket} is not a ticket") from None
         if code:
             _fail(code)
+        # Not looked at before: another thread that closes the device ends this wait, so nothing here may hold it open.
+        if (uses := self._uses) and ticket > uses.session.finished:
+            uses.session.finish(ticket)
 
     def profile(self) -> list[int]:
         """Run one step; nanoseconds of each launch, with a barrier behind each."""
@@ -279,6 +309,7 @@ class NativePlan:
     def _abandon(self) -> None:
         self._destroy.detach()
         self._handle = self._device_handle = ffi.NULL
+        self._uses = None
         self._device = None
 
 
@@ -288,6 +319,8 @@ class _Session:
     def __init__(self, pointer: Any):
         self.pointer = pointer
         self.library = _library()
+        self.finished = 0  # the highest ticket that was waited for
+        self._retired: list[tuple[int, list[object]]] = []  # of destroyed plans: the last ticket, owners of wrapped memory
         self._close = weakref.finalize(self, self.library.ms_device_close, pointer)
         self._close.atexit = False  # views may outlive every other exit handler; the process's end frees it
 
@@ -297,15 +330,43 @@ class _Session:
         name, isa = (ffi.string(text).decode() for text in (info.name, info.isa))
         return DeviceInfo(name, isa, info.threads, info.memory_bytes)
 
+    def finish(self, ticket: int) -> None:
+        """The ticket, and with it all before it, has been waited for."""
+        self.finished = ticket
+        if self._retired:
+            self._retired = [entry for entry in self._retired if entry[0] > ticket]
+
+    def retire(self, ticket: int, keeps: list[object]) -> None:
+        """Hold what a destroyed plan's runs read until they are known to be done, at the latest until the device closes."""
+        if keeps and ticket > self.finished:
+            self._retired.append((ticket, keeps))
+
     def abandon(self) -> None:
         self.pointer = ffi.NULL
         self._close.detach()
 
 
-class _Memory:
-    """The memory of one buffer, destroyed when neither its device nor a view refers to it."""
+class _Uses:
+    """What a plan's runs need beyond the launcher's own memory."""
 
-    def __init__(self, session: _Session, handle: int, nbytes: int):
+    def __init__(self, session: _Session, keeps: list[object]):
+        self.session = session
+        self.keeps = keeps  # the owners of wrapped buffers that it binds
+        self.ticket = 0  # of the last run
+
+    def end(self, destroy: Callable[[Any], None], plan: Any) -> None:
+        destroy(plan)
+        self.session.retire(self.ticket, self.keeps)
+
+
+class _Memory:
+    """The memory of one buffer, destroyed when neither its device nor a view refers to it. keep: the owner of wrapped memory."""
+
+    def __init__(
+        self, session: _Session, handle: int, nbytes: int, keep: object = None, is_read_only: bool = False
+    ):
+        self.keep = keep
+        self._is_read_only = is_read_only
         self._session = session
         self._nbytes = nbytes
         self._address = int(ffi.cast("uintptr_t", session.library.ms_buffer_contents(session.pointer, handle)))
@@ -318,7 +379,8 @@ class _Memory:
                 f"a view of {dtype} {shape} from byte {offset} on does not fit into buffer {self._handle}, which has "
                 f"{self._nbytes} bytes"
             )
-        return np.asarray(_Region(self, self._address + offset, size)).view(dtype).reshape(shape)
+        region = _Region(self, self._address + offset, size, self._is_read_only)
+        return np.asarray(region).view(dtype).reshape(shape)
 
     def __del__(self) -> None:
         if self._session.pointer != ffi.NULL:
@@ -328,9 +390,10 @@ class _Memory:
 class _Region:
     """Bytes that numpy views without a copy; the view's base is this object, which keeps the memory."""
 
-    def __init__(self, memory: _Memory, address: int, nbytes: int):
+    def __init__(self, memory: _Memory, address: int, nbytes: int, is_read_only: bool):
         self._memory = memory
-        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": (address, False)}
+        data = (address, is_read_only)
+        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": data}
 
 
 _DEVICES: weakref.WeakSet[NativeDevice] = weakref.WeakSet()

@@ -38,7 +38,7 @@ typedef struct {
   char isa[32];          // host: avx512, avx2, neon or portable; else empty
   int32_t threads;       // host: of the pool
   int32_t reserved;
-  uint64_t memory_bytes; // what buffers may take in all; 0: unknown
+  uint64_t memory_bytes; // what buffers may take beyond those there are (host: in all); 0: unknown
 } MSDeviceInfo;
 
 // Where a packed weight comes from. Pointers are into the caller's memory (a mapped file), read during the call only.
@@ -65,14 +65,20 @@ typedef struct {
 int32_t ms_abi_version(void);
 const char *ms_last_error(void);
 
-// name: "host" or "metal" ("metal" is MetalSim off Apple). threads: 0 picks the machine's (METALSTEP_THREADS overrides).
+// name: "host"; "metal", Apple's GPU; or "metal-sim", which runs the same shaders on the CPU, slowly, where there is no Metal.
+// threads: of the host's pool; 0 picks the machine's (METALSTEP_THREADS overrides). 0 for other devices.
 int32_t ms_device_open(const char *name, int32_t threads, void **device);
 void ms_device_close(void *device);
 int32_t ms_device_info(void *device, MSDeviceInfo *info);
 
-int32_t ms_buffer_create(void *device, uint64_t bytes, int32_t *buffer);  // zeroed, at least 64-byte aligned
+int32_t ms_buffer_create(void *device, uint64_t bytes, int32_t *buffer);  // zeroed, at least 64-byte aligned (metal-sim: 16)
 void *ms_buffer_contents(void *device, int32_t buffer);                   // NULL when there is no such buffer
 int32_t ms_buffer_destroy(void *device, int32_t buffer);
+// The caller's memory as a buffer, without a copy: launches may read it and must not write it. `address` is a multiple of
+// the page; the last page is the caller's to its end, as in a mapped file, since a GPU maps whole pages. The memory stays
+// mapped until the buffer is destroyed and every plan that uses it has been destroyed and has finished its runs.
+// MS_ERROR_MEMORY where the device cannot take it (a GPU limits the length of a buffer): copy it instead.
+int32_t ms_buffer_wrap(void *device, void *address, uint64_t bytes, int32_t *buffer);
 
 // Sources of a GPU device, quoted includes already inlined; the host device has its kernels built in.
 int32_t ms_library_add(void *device, const char *source);
@@ -83,7 +89,8 @@ int32_t ms_plan_create(void *device, const MSLaunch *launches, uint32_t launch_c
                        const void *constants, uint64_t constant_bytes, uint32_t max_tokens, uint32_t max_sampled, void **plan);
 void ms_plan_destroy(void *plan);
 
-// Queues `steps` runs of the plan and returns at once. Tickets of one device finish in order.
+// Queues `steps` runs of the plan and returns at once (a GPU has 64 steps in flight: beyond that, when the rest fits).
+// Tickets of one device finish in order.
 int32_t ms_plan_run(void *plan, uint32_t steps, uint64_t *ticket);
 // timeout_ns < 0: no limit. The error of a failed run is returned here, once.
 int32_t ms_ticket_wait(void *device, uint64_t ticket, int64_t timeout_ns);

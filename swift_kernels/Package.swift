@@ -11,7 +11,8 @@ let linking: [LinkerSetting] = [
       "-static-stdlib", "-Xlinker", "-s", "-Xlinker", "--version-script=exports.map", "-Xlinker", "--no-undefined",
       "-Xlinker", "-z", "-Xlinker", "nodelete",
     ],
-    .when(platforms: [.linux]))
+    .when(platforms: [.linux])),
+  .linkedFramework("CoreGraphics", .when(platforms: [.macOS])),  // a program without it is given no default Metal device
 ]
 let optimised: [CSetting] = [
   .unsafeFlags(["-std=c11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"])
@@ -32,12 +33,14 @@ let metal: [Target.Dependency] = []
 let package = Package(
   name: "metalstep",
   platforms: [.macOS(.v14)],
-  products: [.library(name: "metalstep", type: .dynamic, targets: ["Launcher"])],
+  products: [.library(name: "metalstep", type: .dynamic, targets: ["Library"])],
   targets: [
     .target(name: "CMetalStep", cSettings: optimised),  // the C ABI and what kernels are given
     .target(name: "CKernels", dependencies: ["CMetalStep"], cSettings: optimised),  // the host device's kernels and threads
-    .target(
-      name: "Launcher", dependencies: ["CMetalStep", "CKernels"] + metal, swiftSettings: staticStdlib, linkerSettings: linking),
+    .target(name: "Launcher", dependencies: ["CMetalStep", "CKernels"] + metal, swiftSettings: staticStdlib),
+    .target(name: "Library", dependencies: ["Launcher"], swiftSettings: staticStdlib, linkerSettings: linking),
+    // XCTest is not part of Apple's Command Line Tools: `swift build` needs none of it.
+    .testTarget(name: "LauncherTests", dependencies: ["Launcher", "CMetalStep"]),
   ] + simulation,
   swiftLanguageModes: [.v5]  // not 6: which Metal types are Sendable differs between macOS SDKs
 )

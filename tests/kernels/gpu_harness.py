@@ -1,13 +1,15 @@
 """Runs a GPU op's launches on simulated Metal (or the Mac's own) with numpy arrays in and out."""
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 from harness import Harness
 
 from metalstep.kernels import params
 from metalstep.kernels.linear import PackedWeight
 
-DEVICE = "metal"
+DEVICE = "metal" if sys.platform == "darwin" else "metal-sim"
 
 
 class GpuHarness(Harness):

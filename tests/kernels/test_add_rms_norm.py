@@ -6,6 +6,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from gpu_harness import DEVICE as GPU
 from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -34,7 +35,7 @@ class Op:
 
     def __init__(self, device: str, dtype: str):
         self.name, self.dtype = device, dtype
-        self.harness = Harness(device=device)
+        self.harness = Harness(device=GPU if device == "metal" else device)
         if device == "metal":
             self.harness.device.add_library(metal_source("add_rms_norm"))
 

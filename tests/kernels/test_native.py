@@ -321,7 +321,7 @@ def test_a_buffer_that_cannot_be_is_refused(h, nbytes, error):
 @pytest.mark.parametrize(
     "name, threads, text",
     [
-        ("gpu", 0, '"gpu" is unknown, expected "host" or "metal"'),
+        ("gpu", 0, '"gpu" is unknown, expected "host", "metal" or "metal-sim"'),
         ("host", -1, "threads is -1, expected 0"),
         ("host", 1025, "threads is 1025, expected 0"),
         ("host", 2**40, "does not fit its C type"),

@@ -1,4 +1,5 @@
 """The C ABI below Python's checks: wild handles, NULL pointers and garbage are errors, never a crash."""
+import mmap
 import threading
 
 import pytest
@@ -29,6 +30,7 @@ def test_a_wild_handle_is_an_error(handle):
     codes = [
         LIB.ms_device_info(wild, info),
         LIB.ms_buffer_create(wild, 64, word),
+        LIB.ms_buffer_wrap(wild, ffi.cast("void *", 4096), 64, word),
         LIB.ms_buffer_destroy(wild, 0),
         LIB.ms_library_add(wild, b""),
         LIB.ms_kernel_find(wild, b"linear", word),
@@ -51,6 +53,8 @@ def test_null_pointers_are_errors(h):
         LIB.ms_device_open(b"host", 1, ffi.NULL),
         LIB.ms_device_info(device, ffi.NULL),
         LIB.ms_buffer_create(device, 64, ffi.NULL),
+        LIB.ms_buffer_wrap(device, ffi.NULL, 64, ffi.new("int32_t *")),
+        LIB.ms_buffer_wrap(device, ffi.cast("void *", 1 << 16), 64, ffi.NULL),
         LIB.ms_library_add(device, ffi.NULL),
         LIB.ms_kernel_find(device, ffi.NULL, ffi.new("int32_t *")),
         LIB.ms_kernel_find(device, b"linear", ffi.NULL),
@@ -93,6 +97,18 @@ def test_a_long_message_is_cut_between_characters(h):
         LIB.ms_kernel_find(h.device._session.pointer, b"x" * pad + "é€𝄞".encode() * 2000, ffi.new("int32_t *"))
         text = ffi.string(LIB.ms_last_error())
         assert 2000 < len(text) < 2048 and text.decode()
+
+
+@given(address=GARBAGE | st.integers(0, 2**52).map(lambda n: n * mmap.PAGESIZE), nbytes=GARBAGE)
+def test_memory_that_is_wrapped_is_not_touched(fuzzed, address, nbytes):
+    """Nothing may be mapped there: only what a plan reads is."""
+    word = ffi.new("int32_t *")
+    code = LIB.ms_buffer_wrap(fuzzed, ffi.cast("void *", address), nbytes, word)
+    fits = address and address % mmap.PAGESIZE == 0 and nbytes and address + nbytes < 2**63 - mmap.PAGESIZE
+    assert code == (params.MS_OK if fits else params.MS_ERROR_ARGUMENT)
+    if not code:
+        assert LIB.ms_buffer_contents(fuzzed, word[0]) == ffi.cast("void *", address)
+        assert LIB.ms_buffer_destroy(fuzzed, word[0]) == params.MS_OK
 
 
 LAUNCH = st.fixed_dictionaries(

@@ -1,103 +1,106 @@
-"""Simulated Metal declares what Apple's does: labels, types and throws, so that MetalDevice.swift compiles on a Mac unchanged.
-
-The table was derived from Apple's metal-cpp headers (in the wheel mlx-metal 0.32.4) by the rules of Swift's importer: a
-selector's pieces are the labels, `new...` is `make...`, a trailing `error:` is `throws`. It does not know optionals.
-"""
+"""Simulated Metal declares what Apple's does, so that the launcher's Metal files compile on a Mac unchanged."""
+import difflib
 import re
 from pathlib import Path
 
-SOURCES = Path(__file__).resolve().parents[2] / "swift_kernels" / "Sources"
-# protocol: member: (types of the arguments, type of the result or property, throws)
-API: dict[str, dict[str, tuple[list[str], str, bool]]] = {
-    "MTLBuffer": {
-        "length": ([], "Int", False),
-        "contents()": ([], "UnsafeMutableRawPointer", False),
-    },
-    "MTLFunction": {
-        "name": ([], "String", False),
-    },
-    "MTLLibrary": {
-        "functionNames": ([], "[String]", False),
-        "makeFunction(name:)": (["String"], "MTLFunction", False),
-    },
-    "MTLComputePipelineState": {
-        "maxTotalThreadsPerThreadgroup": ([], "Int", False),
-        "threadExecutionWidth": ([], "Int", False),
-    },
-    "MTLCommandEncoder": {
-        "endEncoding()": ([], "Void", False),
-    },
-    "MTLComputeCommandEncoder": {
-        "setComputePipelineState(_:)": (["MTLComputePipelineState"], "Void", False),
-        "setBuffer(_:offset:index:)": (["MTLBuffer", "Int", "Int"], "Void", False),
-        "dispatchThreadgroups(_:threadsPerThreadgroup:)": (["MTLSize", "MTLSize"], "Void", False),
-        "memoryBarrier(scope:)": (["MTLBarrierScope"], "Void", False),
-    },
-    "MTLCommandBuffer": {
-        "status": ([], "MTLCommandBufferStatus", False),
-        "error": ([], "Error", False),
-        "gpuStartTime": ([], "CFTimeInterval", False),
-        "gpuEndTime": ([], "CFTimeInterval", False),
-        "makeComputeCommandEncoder(dispatchType:)": (["MTLDispatchType"], "MTLComputeCommandEncoder", False),
-        "addCompletedHandler(_:)": (["MTLCommandBufferHandler"], "Void", False),
-        "commit()": ([], "Void", False),
-        "waitUntilCompleted()": ([], "Void", False),
-    },
-    "MTLCommandQueue": {
-        "makeCommandBuffer()": ([], "MTLCommandBuffer", False),
-    },
-    "MTLDevice": {
-        "name": ([], "String", False),
-        "recommendedMaxWorkingSetSize": ([], "UInt64", False),
-        "maxBufferLength": ([], "Int", False),
-        "makeCommandQueue()": ([], "MTLCommandQueue", False),
-        "makeBuffer(length:options:)": (["Int", "MTLResourceOptions"], "MTLBuffer", False),
-        "makeLibrary(source:options:)": (["String", "MTLCompileOptions"], "MTLLibrary", True),
-        "makeComputePipelineState(function:)": (["MTLFunction"], "MTLComputePipelineState", True),
-    },
-}
+import metal_api
+import pytest
+
+SOURCES = metal_api.ROOT / "swift_kernels" / "Sources"
+FILES = ["MetalTypes.swift", "MetalDescriptors.swift", "MetalProtocols.swift"]
+APPLE = metal_api.read(metal_api.TABLE.read_text())
 
 
-def declared() -> dict[str, dict[str, tuple[list[str], str, bool]]]:
-    """The same of MetalProtocols.swift."""
-    text = (SOURCES / "MetalSim" / "MetalProtocols.swift").read_text()
-    found = {}
-    for name, body in re.findall(r"public protocol (\w+): \w+ \{(.*?)\n\}", text, re.DOTALL):
-        members = found[name] = {}
-        for member, type_name in re.findall(r"var (\w+): (.+?) \{ get \}", body):
-            members[member] = ([], plain(type_name), False)
-        for member, arguments, throws, result in re.findall(r"func (\w+)\(((?:[^()]|\([^()]*\))*)\)( throws)?(?: -> (.*))?", body):
-            pairs = [argument.split(": ") for argument in arguments.split(", ") if argument]
-            labels = "".join(label.split()[0] + ":" for label, _ in pairs)
-            types = [plain(type_name) for _, type_name in pairs]
-            members[f"{member}({labels})"] = (types, plain(result or "Void"), bool(throws))
-    return found
+def simulated() -> dict[str, str]:
+    return {name: (SOURCES / "MetalSim" / name).read_text() for name in FILES}
 
 
-def plain(type_name: str) -> str:
-    return re.sub(r"@escaping |\bany |[()?]", "", type_name)
+def test_what_is_simulated_is_apples():
+    """Names, labels and their order, types, throws, what can be set, protocols, raw types and raw values."""
+    assert metal_api.differences(metal_api.declared(simulated().values()), APPLE) == []
 
 
-def test_protocols_are_apples():
-    assert declared() == API
+def test_nothing_is_declared_outside_the_files_that_are_compared():
+    for path in (SOURCES / "MetalSim").glob("*.swift"):
+        if path.name not in FILES:
+            assert not re.findall(r"^\s*public .*\bMTL\w+", path.read_text(), re.MULTILINE), path.name
 
 
-def test_raw_values_are_apples():
-    text = (SOURCES / "MetalSim" / "MetalTypes.swift").read_text()
-    values = {
-        "MTLDispatchType": {"serial": 0, "concurrent": 1},
-        "MTLCommandBufferStatus": {
-            "notEnqueued": 0, "enqueued": 1, "committed": 2, "scheduled": 3, "completed": 4, "error": 5,
-        },
-        "MTLMathMode": {"safe": 0, "relaxed": 1, "fast": 2},
-    }  # fmt: skip
-    for name, expected in values.items():
-        body = re.search(rf"public enum {name}: .*?\{{(.*?)\n\}}", text, re.DOTALL)[1]
-        assert {case: int(value) for case, value in re.findall(r"case (\w+) = (\d+)", body)} == expected
+def test_the_table_is_what_the_headers_give():
+    folder = metal_api.ROOT / "build" / "metal-cpp"
+    try:
+        headers = metal_api.headers(folder)
+    except RuntimeError as error:
+        pytest.skip(f"{metal_api.WHEEL} cannot be downloaded: {error}")
+    derived = metal_api.write(metal_api.derive(headers)).splitlines()
+    assert list(difflib.unified_diff(metal_api.TABLE.read_text().splitlines(), derived, lineterm="")) == []
+
+
+def test_the_table_is_read_as_it_is_written():
+    assert metal_api.write(APPLE) == metal_api.TABLE.read_text()
+    with pytest.raises(ValueError, match="not a line of the table"):
+        metal_api.read("MTLDevice\n  name String\n")
+
+
+@pytest.mark.parametrize(
+    "here, planted, text",
+    [
+        ("offset: Int, index: Int)", "index: Int, offset: Int)", r"setBuffer\(_:index:offset:\): not in the headers; near: setBuffer"),
+        ("(_ offset: Int, index: Int)", "(_ offset: Int, at index: Int)", r"setBufferOffset\(_:at:\): not in the headers"),
+        ("(_ offset: Int, index: Int)", "(offset: Int, index: Int)", r"setBufferOffset\(offset:index:\): not in the headers"),
+        ("func setBufferOffset", "func setOffset", r"setOffset\(_:index:\): not in the headers"),
+        ("(_ threadgroupsPerGrid: MTLSize", "(_ threadgroupsPerGrid: Int", r"dispatchThreadgroups.*: \(Int, MTLSize\) -> Void here"),
+        ("serialize(to url: URL) throws", "serialize(to url: URL)", r"serialize\(to:\): \(URL\) -> Void here, \(URL\) throws -> Void"),
+        ("func requestResidency()", "func requestResidency() throws", r"requestResidency\(\): \(\) throws -> Void here"),
+        ("options: MTLCompileOptions?) throws", "options: MTLCompileOptions?)", r"makeLibrary.* throws -> MTLLibrary in the headers"),
+        ("bytesNoCopy pointer: UnsafeMutableRawPointer", "bytesNoCopy pointer: UnsafeRawPointer", r"makeBuffer\(bytesNoCopy:.* here"),
+        ("makeCommandQueue(maxCommandBufferCount: Int)", "makeCommandQueue(maxCount: Int)", r"near: .*maxCommandBufferCount"),
+        ("var allocatedSize: UInt64", "var allocatedSize: Int", r"MTLResidencySet.allocatedSize:: Int here,: UInt64 in the headers"),
+        ("var status: MTLCommandBufferStatus { get }", "var status: MTLCommandBufferStatus { get set }", "MTLCommandBuffer.status"),
+        ("var gpuStartTime", "var GPUStartTime", "MTLCommandBuffer.GPUStartTime: not in the headers"),
+        ("protocol MTLBuffer: MTLResource", "protocol MTLBuffer: AnyObject", "MTLBuffer: nothing here, MTLResource in the headers"),
+        ("var retainedReferences = true", "var retainReferences = true", "MTLCommandBufferDescriptor.retainReferences: not in"),
+        ("var errorOptions: MTLCommandBufferErrorOption", "var errorOptions: MTLPipelineOption", "errorOptions:: MTLPipelineOption"),
+        ("case concurrent = 1", "case concurrent = 2", "MTLDispatchType.concurrent: 2 here, 1 in the headers"),
+        ("case version3_1 = 196609", "case version3_1 = 196610", "MTLLanguageVersion.version3_1: 196610 here, 196609"),
+        ("Miss = MTLPipelineOption(rawValue: 4)", "Miss = MTLPipelineOption(rawValue: 3)", "failOnBinaryArchiveMiss: 3 here, 4"),
+        ("case faulted = 4", "case failed = 4", "MTLCommandEncoderErrorState.failed: 4 here, missing in the headers"),
+        ("enum MTLMathMode: Int", "enum MTLMathMode: UInt", "MTLMathMode: UInt here, Int in the headers"),
+        ("struct MTLBarrierScope: OptionSet, Sendable {\n  public let rawValue: UInt",
+         "struct MTLBarrierScope: OptionSet, Sendable {\n  public let rawValue: Int", "MTLBarrierScope: Int here, UInt in"),
+        ("enum MTLDispatchType", "enum MTLDispatchKind", "MTLDispatchKind: not in the headers"),
+    ],
+)  # fmt: skip
+def test_a_planted_mistake_is_found(here, planted, text):
+    texts = simulated()
+    (name,) = [name for name in texts if here in texts[name]]
+    texts[name] = texts[name].replace(here, planted, 1)
+    found = metal_api.differences(metal_api.declared(texts.values()), APPLE)
+    assert any(re.search(text, difference) for difference in found), found
+
+
+@pytest.mark.parametrize(
+    "declaration, text",
+    [
+        ("public protocol MTLHeap: AnyObject {\n  subscript(i: Int) -> Int { get }\n  var size: Int\n}", "not understood"),
+        ("public struct MTLRegion {\n  public var size: MTLSize\n}", "public struct MTLRegion: not compared"),
+        ("public func makeDevice() {}", "a public declaration whose name is not MTL"),
+    ],
+)
+def test_a_declaration_that_cannot_be_compared_is_an_error(declaration, text):
+    with pytest.raises(ValueError, match=text):
+        metal_api.declared([declaration])
 
 
 def test_nothing_but_the_import_tells_the_metal_device_where_it_is():
     """One text for both: the only condition in it is which module `Metal` is."""
-    for path in (SOURCES / "Launcher").glob("Metal*.swift"):
-        conditions = re.findall(r"^#if (.*)$", path.read_text(), re.MULTILINE)
+    paths = list((SOURCES / "Launcher").glob("Metal*.swift"))
+    assert len(paths) > 5
+    for path in paths:
+        conditions = re.findall(r"^\s*#(?:if|elseif) (.*)$", path.read_text(), re.MULTILINE)
         assert conditions in ([], ["canImport(Metal)"]), path.name
+        assert imports(path) <= {"CMetalStep", "Metal", "Foundation", "MetalSim", "Glibc"}, path.name
+
+
+def imports(path: Path) -> set[str]:
+    return set(re.findall(r"^import (\w+)$", path.read_text(), re.MULTILINE))

@@ -7,7 +7,7 @@ import CMetalStep
 /// ranges.
 /// Any method may be called from any thread, several at a time; `close` is called once and nothing after it.
 protocol Device: AnyObject {
-  /// Fixed when the device is opened.
+  /// Fixed when the device is opened, except for the memory that is left.
   var info: MSDeviceInfo { get }
 
   /// Zeroed memory that the host can write, at least 64-byte aligned. `bytes` may be 0: a launch cannot bind such a
@@ -15,6 +15,12 @@ protocol Device: AnyObject {
   ///
   /// - Throws: `LaunchError.memory`.
   func makeBuffer(bytes: Int) throws(LaunchError) -> any DeviceBuffer
+
+  /// The caller's memory, without a copy. `address` is a multiple of the page and `bytes` is 1 or more; what is between
+  /// the end and the page's end is the caller's too.
+  ///
+  /// - Throws: `LaunchError.memory` where the device cannot take it; the caller copies it then.
+  func wrapBuffer(_ address: UnsafeMutableRawPointer, bytes: Int) throws(LaunchError) -> any DeviceBuffer
 
   /// Compiles `source` (quoted includes already inlined) and adds its kernels to those that `findKernel` knows.
   ///
@@ -48,6 +54,8 @@ protocol Device: AnyObject {
 protocol DeviceBuffer: AnyObject {
   var contents: UnsafeMutableRawPointer { get }
   var bytes: Int { get }
+  /// Of wrapped memory, whose pages may not even be writable.
+  var isReadOnly: Bool { get }
 }
 
 /// The launches of one step, resolved for one device.

@@ -41,6 +41,16 @@ public func bufferDestroy(_ device: UnsafeMutableRawPointer?, _ buffer: Int32) -
   LaunchError.status { () throws(LaunchError) in try OpenDevice.find(device).destroyBuffer(buffer) }
 }
 
+@_cdecl("ms_buffer_wrap")
+public func bufferWrap(
+  _ device: UnsafeMutableRawPointer?, _ address: UnsafeMutableRawPointer?, _ bytes: UInt64,
+  _ buffer: UnsafeMutablePointer<Int32>?
+) -> Int32 {
+  LaunchError.status { () throws(LaunchError) in
+    try OpenDevice.find(device).wrapBuffer(address, bytes: bytes, id: buffer)
+  }
+}
+
 @_cdecl("ms_library_add")
 public func libraryAdd(_ device: UnsafeMutableRawPointer?, _ source: UnsafePointer<CChar>?) -> Int32 {
   LaunchError.status { () throws(LaunchError) in try OpenDevice.find(device).addLibrary(source) }

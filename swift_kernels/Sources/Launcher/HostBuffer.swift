@@ -5,11 +5,12 @@ import Glibc
 #endif
 
 /// Anonymous mapped memory: zeroed, page-aligned, and without cost until it is written, so that a KV cache may be as
-/// large as the longest context.
+/// large as the longest context. Or the caller's, as it is.
 final class HostBuffer: DeviceBuffer {
   let contents: UnsafeMutableRawPointer
   let bytes: Int
-  private let mapped: Int
+  let isReadOnly: Bool
+  private let mapped: Int  // bytes to unmap
 
   init(bytes: Int) throws(LaunchError) {
     self.bytes = bytes
@@ -20,6 +21,14 @@ final class HostBuffer: DeviceBuffer {
       throw .memory("buffer: \(bytes) bytes cannot be mapped: \(String(cString: strerror(errno)))")
     }
     contents = address
+    isReadOnly = false
+  }
+
+  init(wrapping address: UnsafeMutableRawPointer, bytes: Int) {
+    contents = address
+    self.bytes = bytes
+    isReadOnly = true
+    mapped = 0
   }
 
   /// Asks for huge pages around these bytes, before they are first written.
@@ -37,5 +46,5 @@ final class HostBuffer: DeviceBuffer {
     #endif
   }
 
-  deinit { munmap(contents, mapped) }
+  deinit { if mapped > 0 { munmap(contents, mapped) } }
 }

@@ -40,6 +40,10 @@ final class HostDevice: Device {
 
   func makeBuffer(bytes: Int) throws(LaunchError) -> any DeviceBuffer { try HostBuffer(bytes: bytes) }
 
+  func wrapBuffer(_ address: UnsafeMutableRawPointer, bytes: Int) -> any DeviceBuffer {
+    HostBuffer(wrapping: address, bytes: bytes)
+  }
+
   func addLibrary(source: String) throws(LaunchError) {
     throw .argument("library: the host device has its kernels built in and takes no sources")
   }

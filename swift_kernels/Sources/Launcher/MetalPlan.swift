@@ -6,33 +6,20 @@ import Metal
 import MetalSim
 #endif
 
-/// The launches of one step on a Metal device, encoded anew for every step: one command buffer and one concurrent encoder,
-/// in which the plan's barriers are the only order between launches.
+/// The launches of one step on a Metal device, encoded anew for every step: one command buffer and one concurrent
+/// encoder, in which the plan's barriers are the only order between launches. Steps follow one another, since Metal
+/// tracks what command buffers write.
 final class MetalPlan: DevicePlan, @unchecked Sendable {
-  /// Everything that encoding needs. References are not counted here, which would cost more than the rest of the loop:
-  /// `kernels`, `buffers` and `constants` keep them alive.
-  private struct Launch {
-    unowned(unsafe) let pipeline: any MTLComputePipelineState
-    let barrier: Bool
-    let grid: MTLSize
-    let threads: MTLSize
-    let binds: Range<Int>
-  }
-  private struct Bind {
-    unowned(unsafe) let buffer: any MTLBuffer
-    let offset: Int
-    let index: Int
-  }
-
   private static let bufferSlots = 31  // of an encoder's argument table
   private static let constantAlignment = 256  // of an offset into a buffer of the constant address space, on any GPU
 
   private let device: MetalDevice
-  private let kernels: [MetalKernel]
+  private let encoding: MetalEncoding
+  private let names: [String]  // of the kernels, by launch
+  // Not read again: the encoding and commands in flight refer to them without counting.
+  private let pipelines: [any MTLComputePipelineState]
   private let buffers: [any DeviceBuffer]
   private let constants: MetalBuffer?
-  private let launches: UnsafeMutableBufferPointer<Launch>
-  private let binds: UnsafeMutableBufferPointer<Bind>
 
   /// - Parameter kernels: the device's, by id.
   init(_ source: PlanSource, device: MetalDevice, kernels: [MetalKernel]) throws(LaunchError) {
@@ -45,52 +32,51 @@ final class MetalPlan: DevicePlan, @unchecked Sendable {
         (Int(launch.const_bytes) + Self.constantAlignment - 1) / Self.constantAlignment * Self.constantAlignment
     }
     // A buffer and not setBytes, which copies at every step and takes 4 KB at most: programs are longer.
-    let constants = constantBytes == 0 ? nil : try MetalBuffer(device.device, bytes: constantBytes)
+    let constants =
+      constantBytes == 0
+      ? nil : try MetalBuffer(device.device, bytes: constantBytes, residency: device.residency)
 
-    var launches: [Launch] = []
-    var binds: [Bind] = []
+    var builder = MetalEncoding.Builder()
     for (launch, constantOffset) in zip(source.launches, constantOffsets) {
-      let first = binds.count
-      for (index, binding) in source.bindings(of: launch).enumerated() {
+      var bindings: [MetalEncoding.Binding] = []
+      for binding in source.bindings(of: launch) {
         guard let buffer = binding.buffer as? MetalBuffer else { throw .argument("plan: a buffer of another device") }
-        binds.append(Bind(buffer: buffer.buffer, offset: binding.offset, index: index))
+        bindings.append(MetalEncoding.Binding(buffer: buffer.buffer, offset: binding.offset))
       }
       if launch.const_bytes > 0, let constants {
         (constants.contents + constantOffset).copyMemory(
           from: source.constants(of: launch).baseAddress!, byteCount: Int(launch.const_bytes))
-        binds.append(Bind(buffer: constants.buffer, offset: constantOffset, index: binds.count - first))
+        bindings.append(MetalEncoding.Binding(buffer: constants.buffer, offset: constantOffset))
       }
-      launches.append(
-        Launch(
-          pipeline: kernels[Int(launch.kernel)].pipeline, barrier: launch.barrier != 0, grid: MTLSize(launch.grid),
-          threads: MTLSize(launch.threads), binds: first..<binds.count))
+      builder.append(
+        kernels[Int(launch.kernel)].pipeline, barrier: launch.barrier != 0, grid: MTLSize(launch.grid),
+        threads: MTLSize(launch.threads), bindings: bindings)
     }
     self.device = device
-    self.kernels = kernels
     self.constants = constants
+    encoding = MetalEncoding(builder)
+    names = source.launches.map { kernels[Int($0.kernel)].name }
+    pipelines = source.launches.map { kernels[Int($0.kernel)].pipeline }
     buffers = source.buffers
-    self.launches = .allocate(capacity: launches.count)
-    _ = self.launches.initialize(from: launches)
-    self.binds = .allocate(capacity: binds.count)
-    _ = self.binds.initialize(from: binds)
   }
 
-  deinit {
-    launches.deinitialize().deallocate()
-    binds.deinitialize().deallocate()
-  }
-
-  /// Metal keeps 64 command buffers in flight; a call that would exceed them waits for the first to complete.
+  /// Returns when all steps are committed, which with more than `MetalDevice.maxInFlight` in flight takes until the
+  /// others have completed.
   func run(steps: Int) throws(LaunchError) -> UInt64 {
+    // Tickets are numbered in the order in which their commands are committed.
+    device.submission.lock()
+    defer { device.submission.unlock() }
     let tickets = device.tickets
     let ticket = tickets.issue(count: steps)
     for step in 0..<steps {
-      let isCommitted = commit(launches[...]) { commands in
+      let isCommitted = commit(label: "step") { encoder in
+        encoding.encode(to: encoder)
+      } completed: { commands in
         // The closure refers to the plan, and so to all that the commands use, until they have completed.
-        tickets.complete(ticket, failure: self.failure(of: commands))
+        withExtendedLifetime(self) { tickets.complete(ticket, failure: .failure(of: commands, "run")) }
       }
       guard isCommitted else {
-        tickets.complete(ticket, count: steps - step, failure: .device("run: Metal gave no command buffer or encoder"))
+        tickets.complete(ticket, count: steps - step, failure: Self.noCommands("run"))
         break
       }
     }
@@ -98,32 +84,37 @@ final class MetalPlan: DevicePlan, @unchecked Sendable {
   }
 
   func profile(into times: UnsafeMutablePointer<UInt64>) throws(LaunchError) {
-    for i in launches.indices {
+    for i in 0..<encoding.count {
       var seconds = 0.0
       var failure: LaunchError?
-      let isCommitted = commit(launches[i...i]) { _ in
+      let isCommitted = commit(label: names[i]) { encoder in
+        encoding.encode(launch: i, to: encoder)
+      } completed: { _ in
       } afterwards: { commands in
         commands.waitUntilCompleted()
         seconds = commands.gpuEndTime - commands.gpuStartTime
-        failure = self.failure(of: commands)
+        failure = .failure(of: commands, "profile: launch \(i)")
       }
-      guard isCommitted else { throw .device("profile: Metal gave no command buffer or encoder") }
+      guard isCommitted else { throw Self.noCommands("profile") }
       if let failure { throw failure }
       times[i] = UInt64(max(0, seconds) * 1e9)
     }
   }
 
-  /// Encodes and commits one command buffer; false when Metal gave none.
+  /// Encodes and commits one command buffer; false when Metal gave none. Waits while the queue has as many as it takes.
+  ///
+  /// - Parameter label: of the encoder, by which Metal names it in errors.
   private func commit(
-    _ launches: Slice<UnsafeMutableBufferPointer<Launch>>, completed: @escaping MTLCommandBufferHandler,
+    label: String, encode: (any MTLComputeCommandEncoder) -> Void, completed: @escaping MTLCommandBufferHandler,
     afterwards: (any MTLCommandBuffer) -> Void = { _ in }
   ) -> Bool {
     // Python's threads have no pool of their own, and Metal's objects would pile up.
     autoreleasepool {
-      guard let commands = device.queue.makeCommandBuffer(),
+      guard let commands = device.queue.makeCommandBuffer(descriptor: device.commandBuffers),
         let encoder = commands.makeComputeCommandEncoder(dispatchType: .concurrent)
       else { return false }
-      encode(launches, to: encoder)
+      encoder.label = label
+      encode(encoder)
       encoder.endEncoding()
       commands.addCompletedHandler(completed)
       commands.commit()
@@ -132,24 +123,8 @@ final class MetalPlan: DevicePlan, @unchecked Sendable {
     }
   }
 
-  private func encode(_ launches: Slice<UnsafeMutableBufferPointer<Launch>>, to encoder: any MTLComputeCommandEncoder) {
-    var current: ObjectIdentifier?
-    for launch in launches {
-      if launch.barrier { encoder.memoryBarrier(scope: .buffers) }
-      let pipeline = ObjectIdentifier(launch.pipeline)
-      if pipeline != current {
-        encoder.setComputePipelineState(launch.pipeline)
-        current = pipeline
-      }
-      for i in launch.binds { encoder.setBuffer(binds[i].buffer, offset: binds[i].offset, index: binds[i].index) }
-      encoder.dispatchThreadgroups(launch.grid, threadsPerThreadgroup: launch.threads)
-    }
-  }
-
-  private func failure(of commands: any MTLCommandBuffer) -> LaunchError? {
-    guard commands.status == .error else { return nil }
-    return .device(
-      "run: \(commands.error?.localizedDescription ?? "the command buffer failed, and Metal does not say why")")
+  private static func noCommands(_ what: String) -> LaunchError {
+    .device("\(what): Metal gave no command buffer or encoder; the GPU may have been lost: open the device again")
   }
 
   private static func check(_ launch: MSLaunch, number: Int, kernels: [MetalKernel]) throws(LaunchError) {

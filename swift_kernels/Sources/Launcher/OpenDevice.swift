@@ -1,6 +1,12 @@
 import CKernels
 import CMetalStep
 
+#if canImport(Darwin)
+import Darwin
+#else
+import Glibc
+#endif
+
 /// A device behind a handle: its buffers by id, and the checks that do not depend on the kind of device.
 final class OpenDevice {
   static let handles = HandleTable<OpenDevice>(kind: 1)
@@ -23,8 +29,19 @@ final class OpenDevice {
     let device: any Device
     switch String(cString: name) {
     case "host": device = try HostDevice(threads: threads)
-    case "metal": device = try MetalDevice(threads: threads)
-    case let other: throw .argument("device: \"\(other)\" is unknown, expected \"host\" or \"metal\"")
+    #if canImport(Metal)
+    case "metal": device = try MetalDevice(name: "metal", threads: threads)
+    case "metal-sim":
+      throw .argument("device: \"metal-sim\" is for machines without Metal, and this one has it; open \"metal\"")
+    #else
+    case "metal-sim": device = try MetalDevice(name: "metal-sim", threads: threads)
+    case "metal":
+      throw .device(
+        "metal: this machine has no Metal device; open \"metal-sim\", which runs the same shaders on the CPU, slowly, "
+          + "or \"host\"")
+    #endif
+    case let other:
+      throw .argument("device: \"\(other)\" is unknown, expected \"host\", \"metal\" or \"metal-sim\"")
     }
     handle.pointee = handles.insert(OpenDevice(device))
   }
@@ -66,6 +83,26 @@ final class OpenDevice {
       throw .memory("buffer: \(bytes) bytes are more than a machine can address")
     }
     let buffer = try device.makeBuffer(bytes: bytes)
+    id.pointee = try locked { () throws(LaunchError) in try buffers.insert(buffer) }
+  }
+
+  func wrapBuffer(
+    _ address: UnsafeMutableRawPointer?, bytes: UInt64, id: UnsafeMutablePointer<Int32>?
+  ) throws(LaunchError) {
+    guard let id else { throw .missing("buffer") }
+    guard let address else { throw .missing("address") }
+    let page = UInt64(getpagesize())
+    guard UInt64(UInt(bitPattern: address)) % page == 0 else {
+      throw .argument(
+        "buffer: address \(address) is not a multiple of the page of \(page) bytes; wrap the whole mapping and "
+          + "bind offsets")
+    }
+    guard bytes > 0 else { throw .argument("buffer: 0 bytes to wrap, expected 1 or more") }
+    let (end, overflow) = UInt64(UInt(bitPattern: address)).addingReportingOverflow(bytes)
+    guard !overflow, end <= UInt64(Int.max) - page else {
+      throw .argument("buffer: \(bytes) bytes from address \(address) on are more than a machine can address")
+    }
+    let buffer = try device.wrapBuffer(address, bytes: Int(bytes))
     id.pointee = try locked { () throws(LaunchError) in try buffers.insert(buffer) }
   }
 
@@ -152,6 +189,7 @@ final class OpenDevice {
       }
     }
     let buffer = try buffer(id)
+    guard !buffer.isReadOnly else { throw .argument("weight: buffer \(id) is wrapped memory, which is only read") }
     guard offset % Self.packAlignment == 0 else {
       throw .argument("weight: offset is \(offset), expected a multiple of \(Self.packAlignment) bytes")
     }

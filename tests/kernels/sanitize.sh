@@ -1,0 +1,42 @@
+#!/bin/sh
+# The GPU kernels' tests in the simulator with kernels compiled for the address and thread sanitizers and with fast mathematics, and
+# with threads in other orders. usage: sanitize.sh PYTHON [MODE...]; modes: address, thread, fast-math, seed-N. One instance per
+# template and more: the tests named here are few and small, since a sanitizer's compile takes seconds.
+set -eu
+cd "$(dirname "$0")/../.."
+python=$1
+shift
+[ $# -gt 0 ] || set -- address thread fast-math seed-1 seed-3
+clang=$(command -v "${METALSTEP_CLANG:-clang++}")
+tests="tests/kernels/test_gpu_linear_epilogue.py tests/kernels/test_gpu_attention.py tests/kernels/test_gpu_attention_inside.py \
+tests/kernels/test_gpu_row_program_ops.py tests/kernels/test_gpu_embedding.py tests/kernels/test_gpu_sample.py \
+tests/kernels/test_gpu_step_advance.py"
+# What fast mathematics does not promise: exact rounding, equal bits, NaN and infinity.
+exact="embedding or row_program_ops or bits or later_positions"
+
+for mode in "$@"; do
+  echo "sanitize: GPU kernels, $mode"
+  started=$(date +%s)
+  case $mode in
+    seed-*)
+      # shellcheck disable=SC2086  # tests is a list
+      METALSTEP_SIM_SEED=${mode#seed-} "$python" -m pytest -q $tests
+      ;;
+    thread)
+      tsan=$("$clang" -print-file-name=libclang_rt.tsan-"$(uname -m)".so)
+      dispatch=$(dirname "$(realpath "$clang")")/../lib/swift/linux/libdispatch.so
+      [ -e "$dispatch" ] && tsan="$tsan:$dispatch"
+      # shellcheck disable=SC2086
+      LD_PRELOAD="$tsan" TSAN_OPTIONS=ignore_noninstrumented_modules=1 METALSTEP_SIM_SANITIZE=thread "$python" -m pytest -q $tests
+      ;;
+    fast-math)
+      # shellcheck disable=SC2086
+      METALSTEP_SIM_SANITIZE=fast-math "$python" -m pytest -q $tests -k "not ($exact)"
+      ;;
+    *)
+      # shellcheck disable=SC2086
+      METALSTEP_SIM_SANITIZE=$mode "$python" -m pytest -q $tests
+      ;;
+  esac
+  echo "sanitize: GPU kernels, $mode passed in $(($(date +%s) - started)) s"
+done
