@@ -31,6 +31,12 @@ final class HostBuffer: DeviceBuffer {
     mapped = 0
   }
 
+  /// `bytes`, rounded up to the pages that hold them.
+  static func wholePages(_ bytes: Int) -> Int {
+    let page = Int(sysconf(Int32(_SC_PAGESIZE)))
+    return (bytes + page - 1) / page * page
+  }
+
   /// Asks for huge pages around these bytes, before they are first written.
   ///
   /// Weights are written whole and read in every step: the matmuls of a 135M model take 7 % less time (2.65 against

@@ -3,11 +3,6 @@ import Metal
 #else
 import MetalSim
 #endif
-#if canImport(Darwin)
-import Darwin
-#else
-import Glibc
-#endif
 
 /// Memory that the GPU and the host share, resident on the GPU while it exists.
 final class MetalBuffer: DeviceBuffer {
@@ -27,10 +22,9 @@ final class MetalBuffer: DeviceBuffer {
     let memory = bytes < Self.ownPages || bytes > device.maxBufferLength ? nil : try HostBuffer(bytes: bytes)
     let made: (any MTLBuffer)?
     if let memory {
-      let page = Int(sysconf(Int32(_SC_PAGESIZE)))
-      let length = (bytes + page - 1) / page * page
       made = device.makeBuffer(
-        bytesNoCopy: memory.contents, length: length, options: .storageModeShared, deallocator: nil)
+        bytesNoCopy: memory.contents, length: HostBuffer.wholePages(bytes), options: .storageModeShared,
+        deallocator: nil)
     } else {
       made = device.makeBuffer(length: max(bytes, 1), options: .storageModeShared)
     }
