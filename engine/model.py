@@ -14,7 +14,7 @@ from metalstep.capture import CaptureError, capture
 from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager, open_checkpoint
 from metalstep.engine import Engine
 from metalstep.kernels.linear import ARITHMETIC
-from metalstep.kernels.native import NativeDevice, NativeUnavailable
+from metalstep.kernels.native import KernelError, NativeDevice, NativeUnavailable
 from metalstep.kv_cache import DTYPES as KV_DTYPES
 from metalstep.native_model import NativeModel
 from metalstep.plan.host_target import HostTarget
@@ -158,7 +158,7 @@ def load(
     takes memory when it is first written.
     tokenizer_config, model_config: overrides of the files' own, as in mlx-lm. lazy has no effect: weights are packed when loaded.
     Returns: (Model, mlx-lm TokenizerWrapper).
-    Raises: CheckpointError for files that cannot be used; CaptureError with strict; ValueError for an option.
+    Raises: CheckpointError for files that cannot be used; CaptureError and KernelError with strict; ValueError for an option.
     """
     if adapter_path is not None:
         raise NotImplementedError("adapter_path is not supported; fuse the adapter with `mlx_lm.fuse` and load the result")
@@ -170,6 +170,10 @@ def load(
         if value not in known:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(str(x) for x in known)}")
     device = device or DEFAULT_DEVICE
+    if not isinstance(batch_invariant, bool):
+        raise ValueError(f"batch_invariant is {batch_invariant!r:.80}, expected True or False")
+    if batch_invariant and device == "eager":
+        raise ValueError("batch_invariant is True on eager, whose results MLX rounds; it is an option of the host and metal devices")
     target: Target | None = None
     if device == "host":
         target = HostTarget(arithmetic)
@@ -235,6 +239,13 @@ def _native(
         text = str(error) if str(error).startswith(model_type) else f"{model_type} has no native step yet: {error}"
         if strict:
             raise CaptureError(f"{text}; load it without strict=True to run it through eager MLX") from error
+        warnings.warn(f"{text}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)
+        return None, text
+    except KernelError as error:
+        device.close()
+        if strict:
+            raise
+        text = f"the compiler of {device_name} does not take a kernel of metalstep, which is a bug to report: {error}"
         warnings.warn(f"{text}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)
         return None, text
     except BaseException:

@@ -18,6 +18,7 @@ from metalstep.plan.lower import lower
 from metalstep.plan.plan import Plan
 from metalstep.plan.request_slots import RequestSlots
 from metalstep.plan.step_arrays import StepArrays, StepSizes
+from metalstep.plan.step_memory import StepMemory
 from metalstep.plan.target import PlanShape, Target
 from metalstep.sampling import MAX_LOGPROBS
 
@@ -56,6 +57,7 @@ class NativeModel:
         self._lock = threading.Lock()  # of plans
         self._closed = False
         self._plans: dict[PlanShape, Plan] = {}
+        self._memory = StepMemory(device)
         prepared = captured.prepare(lambda name: mx.array(checkpoint.tensors[name].numpy()))
         self.weights = target.weights(device, checkpoint.tensors, prepared)
         limit = checkpoint.config.get("max_position_embeddings")
@@ -121,18 +123,24 @@ class NativeModel:
         with self._lock:
             self.check_open()
             if shape not in self._plans:  # another thread may have been first
-                graph = self._captured.graph(*ANY_ROWS, self.target.fusion(shape))
-                lowered = lower(graph, self.device, self.weights, self.cache.planes, self.arrays, shape, self.target)
-                self._plans[shape] = Plan(self.device, lowered, self.arrays, shape)
+                self._plans[shape] = self._make_plan(shape)
             return self._plans[shape]
+
+    def _make_plan(self, shape: PlanShape) -> Plan:
+        graph = self._captured.graph(*ANY_ROWS, self.target.fusion(shape))
+        try:
+            lowered = lower(graph, self._memory, self.weights, self.cache.planes, self.arrays, shape, self.target)
+            return Plan(self.device, lowered, self.arrays, shape)
+        except ValueError as error:  # the model's sizes: nobody has given any others
+            raise CaptureError(str(error)) from error
 
     def plan_for(self, rows: int, *, decode: bool = False, context: int = 0) -> Plan:
         """The device's plan for a step of so many rows. decode: each of another sequence; context: tokens of the longest."""
         return self.plan(self.target.plan_shape(rows, decode=decode, context=context))
 
-    def warmup(self) -> None:
-        """Make the plans that generation uses, so that the first request does not."""
-        for shape in self.target.warm_shapes():
+    def warmup(self, rows: int = 1) -> None:
+        """Make the plans that up to `rows` requests at once use, so that the first of them do not wait for a compiler."""
+        for shape in self.target.warm_shapes(rows, self.max_context):
             self.plan(shape)
 
     def check_open(self) -> None:

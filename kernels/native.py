@@ -39,6 +39,10 @@ class NativeUnavailable(RuntimeError):
     """There is no launcher that this process can use; the message says why and what to do."""
 
 
+class KernelError(RuntimeError):
+    """The device's compiler does not take a kernel; the message is its own text."""
+
+
 @dataclass(frozen=True)
 class DeviceInfo:
     """MSDeviceInfo as the device was opened. isa and threads are the host device's; memory_bytes: what buffers may take,
@@ -138,22 +142,23 @@ class NativeDevice:
 
         Raises: ValueError naming the launch whose kernel, bindings or constants do not fit.
         """
-        for source in library.sources(launches, self._compiled):
+        for source, kernels in library.sources(launches, self._compiled):
             self.add_library(source)
+            self._compiled.update(kernels)  # not before: it may fail, or be interrupted
         return NativePlan(self, self._open_session(), launches, max_tokens, max_sampled)
 
     def kernel(self, name: str) -> int:
-        """The device's id of a kernel. Raises: ValueError listing those that exist."""
+        """The device's id of a kernel. Raises: ValueError listing those that exist; KernelError."""
         if name not in self._kernels:
             session, out = self._open_session(), ffi.new("int32_t *")
-            _call(session.library.ms_kernel_find, session.pointer, name.encode(), out)
+            _compile(session.library.ms_kernel_find, session.pointer, name.encode(), out)
             self._kernels[name] = out[0]
         return self._kernels[name]
 
     def add_library(self, source: str) -> None:
-        """Compile a GPU's kernels; quoted includes are inlined already. Raises: RuntimeError with the compiler's text."""
+        """Compile a GPU's kernels; quoted includes are inlined already. Raises: KernelError with the compiler's text."""
         session = self._open_session()
-        _call(session.library.ms_library_add, session.pointer, source.encode())
+        _compile(session.library.ms_library_add, session.pointer, source.encode())
 
     def weight_bytes(self, n: int, k: int, bits: int, group_size: int, dtype: int) -> int:
         """Bytes that a packed weight takes. Raises: ValueError for a combination that cannot be packed."""
@@ -448,6 +453,13 @@ def _call(function: Callable[..., int], *args: Any) -> None:
         raise ValueError(f"a number does not fit its C type: {error}") from None
     if code:
         _fail(code)
+
+
+def _compile(function: Callable[..., int], *args: Any) -> None:
+    try:
+        _call(function, *args)
+    except RuntimeError as error:
+        raise KernelError(str(error)) from None
 
 
 def _fail(code: int) -> None:

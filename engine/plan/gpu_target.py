@@ -48,8 +48,12 @@ class GpuTarget:
         size = next(size for size in MIXED_ROWS if rows <= size)
         return PlanShape(size, min(size, RESULTS), False, splits if self.batch_invariant else 1)
 
-    def warm_shapes(self) -> list[PlanShape]:
-        return [self.plan_shape(1, decode=True, context=1), self.plan_shape(MIXED_ROWS[-1], decode=False, context=1)]
+    def warm_shapes(self, rows: int, context: int) -> list[PlanShape]:
+        contexts = (1, SPLIT_LEN + 1) if context > SPLIT_LEN else (1,)  # two pieces have the kernels of all other numbers
+        sizes = [size for size in DECODE_ROWS if size == 1 or size < 2 * rows]
+        shapes = [self.plan_shape(size, decode=True, context=length) for size in sizes for length in contexts]
+        shapes += [self.plan_shape(size, decode=False, context=length) for size in MIXED_ROWS for length in contexts]
+        return list(dict.fromkeys(shapes))
 
     def fusion(self, shape: PlanShape) -> Fusion:
         norms = ("rms_norm",) if shape.tokens <= NORM_ROWS or self.batch_invariant else ()
@@ -87,8 +91,8 @@ class GpuTarget:
         )
 
     def sample(self, logits: Buffer, step: StepBuffers, max_sampled: int, scratch: Scratch, **options: int) -> list[Launch]:
-        workspace = scratch(sample.workspace_bytes(options["vocab_size"], options["max_rows"]))
-        return sample.launches(logits, step, workspace=workspace, **options)
+        workspace = scratch(sample.workspace_bytes(options["vocab_size"], max_sampled))
+        return sample.launches(logits, step, workspace=workspace, rows=max_sampled, **options)
 
     def step_advance(self, step: StepBuffers, **options: int) -> list[Launch]:
         return step_advance.launches(step, **options)

@@ -19,6 +19,7 @@ from metalstep.kernels.native import DeviceBuffer, NativeDevice
 from metalstep.plan.weights import CHUNK, DTYPES, WeightStore
 
 LOAD_BYTES = 16  # of the widest load of a kernel
+OWN_BYTES = CHUNK // 8  # a larger tensor has a buffer of its own: what it does not fill of a chunk would be memory taken for nothing
 
 
 class GpuWeightStore(WeightStore):
@@ -34,6 +35,11 @@ class GpuWeightStore(WeightStore):
 
     def _arena_bytes(self) -> int:
         return CHUNK
+
+    def _reserve(self, nbytes: int) -> tuple[DeviceBuffer, int]:
+        if nbytes > OWN_BYTES:
+            return self._device.create_buffer(nbytes), 0
+        return super()._reserve(nbytes)
 
     def _pack(self, name: str, n: int, k: int, bits: int, group_size: int, first: int) -> PackedWeight:
         if name in self._prepared:

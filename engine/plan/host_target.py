@@ -36,7 +36,7 @@ class HostTarget:
     def plan_shape(self, rows: int, *, decode: bool, context: int) -> PlanShape:
         return next(shape for shape in SHAPES if rows <= shape.tokens)
 
-    def warm_shapes(self) -> list[PlanShape]:
+    def warm_shapes(self, rows: int, context: int) -> list[PlanShape]:
         return list(SHAPES)
 
     def fusion(self, shape: PlanShape) -> Fusion:

@@ -35,14 +35,14 @@ class LogitsRing:
     """The places that a plan's steps write logits to in turn. With two, a caller that drops each response before it asks for the one
     after the next never pays for a copy.
 
-    views: float32 [sampled, vocab] each.
+    views: float32 [sampled, vocab] each. lent: of rows whose place is nobody's alone, where StepMemory finds them; None: the ring's own.
     """
 
-    def __init__(self, views: list[np.ndarray]):
+    def __init__(self, views: list[np.ndarray], lent: list[weakref.ref[Logits]] | None = None):
         self.views = views
         self._rows = [list(view) for view in views]
         self.current = 0
-        self._lent: list[list[weakref.ref[Logits]]] = [[] for _ in views]
+        self._lent: list[list[weakref.ref[Logits]]] = [[] if lent is None else lent for _ in views]
 
     def advance(self) -> int:
         """Move on to the next place, saving what is still held there; returns its number."""

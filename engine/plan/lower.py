@@ -13,7 +13,6 @@ from metalstep.kernels import params
 from metalstep.kernels.gpu import attention
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import Norm
-from metalstep.kernels.native import NativeDevice
 from metalstep.kernels.program import Program
 from metalstep.plan.bindings import KVPlanes, Placement, Slots
 from metalstep.plan.hazards import Access, barriers
@@ -22,6 +21,7 @@ from metalstep.plan.linear_compiler import LinearCompiler
 from metalstep.plan.memory import Lifetime, arena_layout
 from metalstep.plan.row_compiler import RowCompiler, compile_rows, is_handle, named_inputs, rope_key
 from metalstep.plan.step_arrays import StepArrays
+from metalstep.plan.step_memory import StepMemory
 from metalstep.plan.target import PlanShape, Target
 from metalstep.plan.weights import WeightStore
 
@@ -49,16 +49,17 @@ class LoweredLaunch:
 
 @dataclass
 class Lowered:
-    """A plan's launches in order; the arena they share; where the logits are ([max_sampled, vocab] float32)."""
+    """A plan's launches in order; the arena they share; where the logits are ([max_sampled, vocab] float32); what the arena is part of."""
 
     launches: list[LoweredLaunch]
     arena: Buffer
     logits: Buffer
+    memory: StepMemory
 
 
 def lower(
     graph: Graph,
-    device: NativeDevice,
+    memory: StepMemory,
     weights: WeightStore,
     planes: dict[object, KVPlanes],
     arrays: StepArrays,
@@ -67,10 +68,11 @@ def lower(
 ) -> Lowered:
     """Lower a captured graph (after the target's passes) to launches for steps of `shape`, on the step of `arrays`.
 
+    memory: for the plan's values and what its launches need while they run; other plans' may lie in the same.
     Raises: CaptureError naming the operation that has no kernel.
     """
     try:
-        return _Lowering(graph, device, weights, planes, arrays, shape, target).run()
+        return _Lowering(graph, memory, weights, planes, arrays, shape, target).run()
     except NotImplementedError as error:
         raise error if isinstance(error, CaptureError) else CaptureError(str(error)) from error
 
@@ -79,14 +81,15 @@ class _Lowering:
     def __init__(
         self,
         graph: Graph,
-        device: NativeDevice,
+        memory: StepMemory,
         weights: WeightStore,
         planes: dict[object, KVPlanes],
         arrays: StepArrays,
         shape: PlanShape,
         target: Target,
     ):
-        self.graph, self.device, self.shape, self.target = graph, device, shape, target
+        self.graph, self.memory, self.shape, self.target = graph, memory, shape, target
+        self._taken: list[int] = []  # handles: the arena's, and those of scratch memory
         self._scratches: list[Buffer] = []
         self.step, self.step_sizes = arrays.buffers, arrays.sizes
         self.placement = Placement(weights, planes, self.step.embeddings)
@@ -116,15 +119,21 @@ class _Lowering:
         lowered += self._sample(buffer, row_size(logits.root))
         for entry, barrier in zip(lowered, barriers([entry.access for entry in lowered]), strict=True):
             entry.launch.barrier = barrier
-        return Lowered(lowered, arena, buffer)
+        return Lowered(lowered, arena, buffer, self.memory)
 
     def _scratch(self, nbytes: int) -> Buffer:
         """Memory of one op's launches while they run; other ops' may be the same."""
         for buffer in self._scratches:
             if buffer.nbytes >= nbytes:
                 return buffer
-        self._scratches.append(Buffer(self.device.create_buffer(nbytes).handle, 0, (nbytes,), "uint8"))
+        self._scratches.append(self._take(nbytes))
         return self._scratches[-1]
+
+    def _take(self, nbytes: int) -> Buffer:
+        """Memory of this plan's own while it runs."""
+        owner = self.memory.take(nbytes, self._taken)
+        self._taken.append(owner.handle)
+        return Buffer(owner.handle, 0, (nbytes,), "uint8")
 
     def _entries(
         self, launches: list[Launch], reads: list[Buffer], writes: list[Buffer], ops: list[str], **facts: Any
@@ -198,14 +207,14 @@ class _Lowering:
             shapes[key] = (self.shape.tokens, node.attrs["dims"])
             lifetimes.append(self._lifetime(key, shapes[key], 0, end))
         offsets, size = arena_layout(lifetimes)
-        owner = self.device.create_buffer(max(size, 1))
+        arena = self._take(max(size, 1))
         for key, shape in shapes.items():
-            region = Buffer(owner.handle, offsets[key], shape, "float32")
+            region = Buffer(arena.handle, offsets[key], shape, "float32")
             if isinstance(key, tuple):
                 self.angles[key] = region
             else:
                 self.placement.values[key] = region
-        return Buffer(owner.handle, 0, (owner.nbytes,), "uint8")
+        return arena
 
     def _lifetime(self, key: object, shape: tuple[int, int], first: int, last: int) -> Lifetime:
         return Lifetime(key, shape[0] * shape[1] * FLOAT, first, last)

@@ -19,6 +19,7 @@ from metalstep.kernels.native import DeviceBuffer, DeviceInfo, NativeDevice
 from metalstep.kv_cache import BLOCK_SIZE, PagedKVCache, cache_groups
 from metalstep.plan.lower import LoweredLaunch, lower
 from metalstep.plan.step_arrays import StepArrays, StepSizes
+from metalstep.plan.step_memory import StepMemory
 from metalstep.plan.target import PlanShape, Target
 from metalstep.plan.weights import CHUNK, DTYPES, WeightStore
 from metalstep.sampling import MAX_LOGPROBS
@@ -167,7 +168,7 @@ def paper_plan(
     )
     arrays = StepArrays(device, sizes)
     shape = target.plan_shape(rows, decode=True, context=context)
-    lowered = lower(captured.graph(*ANY_ROWS, target.fusion(shape)), device, weights, cache.planes, arrays, shape, target)
+    lowered = lower(captured.graph(*ANY_ROWS, target.fusion(shape)), StepMemory(device), weights, cache.planes, arrays, shape, target)
     planes = frozenset(plane.handle for layer in cache.planes.values() for plane in (layer.k, layer.v))
     return PaperPlan(
         shape, lowered.launches, lowered.arena.nbytes, cache.bytes_per_token, lowered.arena.handle, frozenset(weights.handles), planes

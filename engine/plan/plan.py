@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from metalstep.kernels.launch import Buffer, Launch
-from metalstep.kernels.native import NativeDevice
+from metalstep.kernels.native import NativeDevice, NativePlan
 from metalstep.plan.logits import Logits, LogitsRing
 from metalstep.plan.lower import Lowered
 from metalstep.plan.step_arrays import StepArrays, StepBatch
@@ -24,6 +24,7 @@ class Plan:
         self.arrays = arrays
         self.launches = lowered.launches
         self.arena_bytes = lowered.arena.nbytes
+        self._memory = lowered.memory
         launches = [entry.launch for entry in lowered.launches]
         places = [lowered.logits]  # in the arena, where another step's values may overlap them
         if shape.tokens == 1:
@@ -33,7 +34,8 @@ class Plan:
             device.create_plan(_rebound(launches, lowered.logits, place), shape.tokens, shape.sampled) for place in places
         ]
         rows = (shape.sampled, lowered.logits.shape[1])
-        self._ring = LogitsRing([device.numpy(place, np.float32, rows) for place in places])
+        lent = None if shape.tokens == 1 else self._memory.lent
+        self._ring = LogitsRing([device.numpy(place, np.float32, rows) for place in places], lent)
 
     @property
     def logits(self) -> np.ndarray:
@@ -60,14 +62,18 @@ class Plan:
 
     def replay(self, steps: int = 1) -> None:
         """`steps` steps on what the arrays hold already, in one native call; more than one when MSStep.advance is set."""
-        self.arrays.rewind()
-        native = self._native[self._ring.advance()]
+        native = self._prepare()
         native.wait(native.run(steps))
 
     def profile(self) -> list[int]:
         """Nanoseconds of each launch in one step on what the arrays hold, barriers included."""
+        return self._prepare().profile()
+
+    def _prepare(self) -> NativePlan:
+        """The native plan that runs next, with nothing in its way."""
         self.arrays.rewind()
-        return self._native[self._ring.advance()].profile()
+        self._memory.keep_lent()
+        return self._native[self._ring.advance()]
 
     def close(self) -> None:
         for native in self._native:

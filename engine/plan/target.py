@@ -53,8 +53,8 @@ class Target(Protocol):
     def plan_shape(self, rows: int, *, decode: bool, context: int) -> PlanShape:
         """Of the plan for a step of `rows` rows whose longest sequence has `context` tokens."""
 
-    def warm_shapes(self) -> list[PlanShape]:
-        """Of the plans that generation needs soon."""
+    def warm_shapes(self, rows: int, context: int) -> list[PlanShape]:
+        """Of the plans that up to `rows` requests at once need, of up to `context` tokens: whatever else they need takes no compiler."""
 
     def fusion(self, shape: PlanShape) -> Fusion:
         """What launches of a plan take in."""

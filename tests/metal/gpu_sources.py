@@ -97,4 +97,4 @@ def covering(names: list[str], every: int = 13) -> set[str]:
 
 
 def texts(launches: list[Launch]) -> Iterator[str]:
-    yield from library.sources(launches, set())
+    yield from (source for source, _ in library.sources(launches, set()))
