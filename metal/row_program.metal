@@ -8,8 +8,9 @@ using namespace metal;
 
 // ---- totals over the threads of a span ------------------------------------------------------------------------------
 // An operation has the numbers that it works on, from an element (of) and back (value), what changes none of them, a
-// pair's and a simdgroup's total; that is the same in every lane. Lanes combine in one fixed order: totals do not
-// depend on the batch. ms_most, for softmax, may pass a NaN over: the sum behind it does not.
+// pair's and a simdgroup's total, which is the same in every lane, and a float of a number's bits and back. Lanes
+// combine in one fixed order: totals do not depend on the batch. ms_most, for softmax, may pass a NaN over: the sum
+// behind it does not.
 struct ms_sum {
   typedef float number;
   static float none() { return 0.0f; }
@@ -17,6 +18,8 @@ struct ms_sum {
   static float value(float x) { return x; }
   static float combine(float x, float y) { return x + y; }
   static float lanes(float x) { return simd_sum(x); }
+  static float pack(float x) { return x; }
+  static float unpack(float x) { return x; }
 };
 struct ms_product {
   typedef float number;
@@ -25,6 +28,8 @@ struct ms_product {
   static float value(float x) { return x; }
   static float combine(float x, float y) { return x * y; }
   static float lanes(float x) { return simd_product(x); }
+  static float pack(float x) { return x; }
+  static float unpack(float x) { return x; }
 };
 struct ms_most {
   typedef float number;
@@ -33,6 +38,8 @@ struct ms_most {
   static float value(float x) { return x; }
   static float combine(float x, float y) { return x > y ? x : y; }
   static float lanes(float x) { return simd_max(x); }
+  static float pack(float x) { return x; }
+  static float unpack(float x) { return x; }
 };
 
 // Floats as integers in the same order: an empty span's infinity and NaN are plain numbers, in any maths mode.
@@ -49,6 +56,8 @@ struct ms_largest {  // NaN if an element is: it is above infinity
   static float value(int x) { return ms_unordered(x); }
   static int combine(int x, int y) { return max(x, y); }
   static int lanes(int x) { return simd_max(x); }
+  static float pack(int x) { return as_type<float>(x); }
+  static int unpack(float x) { return as_type<int>(x); }
 };
 struct ms_smallest {  // NaN if an element is: it is below -infinity
   typedef int number;
@@ -57,6 +66,8 @@ struct ms_smallest {  // NaN if an element is: it is below -infinity
   static float value(int x) { return ms_unordered(x); }
   static int combine(int x, int y) { return min(x, y); }
   static int lanes(int x) { return simd_min(x); }
+  static float pack(int x) { return as_type<float>(x); }
+  static int unpack(float x) { return as_type<int>(x); }
 };
 
 // The total over `count` simdgroups from `first` on, for all of their threads; every thread of the threadgroup calls
@@ -64,11 +75,10 @@ struct ms_smallest {  // NaN if an element is: it is below -infinity
 template <typename Operation>
 inline typename Operation::number ms_span_total(typename Operation::number x, threadgroup float* partial, uint first,
                                                 uint count, uint sg, uint lane) {
-  typedef typename Operation::number number;
   x = Operation::lanes(x);
-  if (lane == 0) partial[sg] = as_type<float>(x);
+  if (lane == 0) partial[sg] = Operation::pack(x);
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  return Operation::lanes(lane < count ? as_type<number>(partial[first + lane]) : Operation::none());
+  return Operation::lanes(lane < count ? Operation::unpack(partial[first + lane]) : Operation::none());
 }
 
 // ---- embedding ------------------------------------------------------------------------------------------------------
