@@ -22,7 +22,7 @@ SIMD = 32  # lanes
 MIXED_FROM = 8  # rows of a benchmark, from which on they may be of one prompt
 THREADGROUP_BYTES = 32768  # of memory, the most that Apple's GPUs have
 
-# Defaults taken from the prototype and from MLX's kernels, not measured on Apple's hardware.
+# Defaults from like kernels on an H100 and from MLX's, not measured on Apple's hardware.
 # decode: registers of a thread for queries and sums, positions that a lane has at a time, simdgroups, and bytes of threadgroup memory
 # to merge their results, each at most. mixed: rows of the matrices, tiles of 8 of them that a simdgroup has; positions of a tile, for
 # heads of up to `short` elements or longer ones; elements that a simdgroup has at most; threadgroups that share a tile's runs, at most.

@@ -43,7 +43,7 @@ class Tuning:
 
 
 # By kind of device. Unmeasured on Apple: starting points from the shapes of public Metal kernels, where four weight rows and 16 or
-# 32 values per lane are common, and from the prototype's sweep on an H100 (there a k-split of 4 gained 25 to 42 % on outputs of 1024
+# 32 values per lane are common, and from a sweep of like kernels on an H100 (there a k-split of 4 gained 25 to 42 % on outputs of 1024
 # and lost on wide ones).
 TUNING = {
     "apple": Tuning(

@@ -12,7 +12,7 @@ from metalstep.kernels.step import StepBuffers
 BLOCK = 512  # tokens of a simdgroup in the first launch: MS_BLOCK_TOKENS
 MAX_TOP = 256  # far below MS_LIST_TOKENS
 # Per device, by the largest vocabulary that a line is for: simdgroups of the first launch's threadgroups (each has 512 tokens), and of
-# the second's, which has a threadgroup per row. Defaults after the prototype's; no Mac has measured them.
+# the second's, which has a threadgroup per row. Defaults from an H100; no Mac has measured them.
 TUNING: Mapping[str, tuple[tuple[int, int, int], ...]] = {"apple": ((512, 1, 2), (8192, 4, 4), (2**31 - 1, 8, 16))}
 
 

@@ -28,9 +28,9 @@ typedef struct {
   pthread_cond_t changed;
   job* offered;  // until taken
   bool busy, stopped;
-} helper;
+} worker;
 
-static _Thread_local helper* own_helper;
+static _Thread_local worker* own_worker;
 
 static void take_threadgroups(job* j) {
   const uint32_t* grid = j->work.grid;
@@ -46,7 +46,7 @@ static void take_threadgroups(job* j) {
 }
 
 static void* serve(void* context) {
-  helper* h = context;
+  worker* h = context;
   pthread_mutex_lock(&h->mutex);
   while (!h->stopped) {
     job* j = h->offered;
@@ -67,10 +67,10 @@ static void* serve(void* context) {
   return NULL;
 }
 
-// The calling thread's helper, or NULL where there is one processor or no memory.
-static helper* find_helper(void) {
-  if (own_helper || sysconf(_SC_NPROCESSORS_ONLN) < 2) return own_helper;
-  helper* h = calloc(1, sizeof *h);
+// The calling thread's worker, or NULL where there is one processor or no memory.
+static worker* find_worker(void) {
+  if (own_worker || sysconf(_SC_NPROCESSORS_ONLN) < 2) return own_worker;
+  worker* h = calloc(1, sizeof *h);
   if (!h) return NULL;
   pthread_mutex_init(&h->mutex, NULL);
   pthread_cond_init(&h->changed, NULL);
@@ -83,10 +83,10 @@ static helper* find_helper(void) {
     free(h);
     return NULL;
   }
-  return own_helper = h;
+  return own_worker = h;
 }
 
-static void run(job* j, helper* h) {
+static void run(job* j, worker* h) {
   if (h) {
     pthread_mutex_lock(&h->mutex);
     h->offered = j;
@@ -131,13 +131,13 @@ int32_t sim_dispatch(sim_entry entry, void* const* buffers, const uint32_t grid[
            .groups = (uint32_t)groups};
   const bool few = groups * in_group < 2 * SIM_SIMD_WIDTH;  // done before another thread would wake
   const bool alone = seed || groups == 1 || few || sim_sanitizers.create_fiber;
-  run(&j, alone ? NULL : find_helper());
+  run(&j, alone ? NULL : find_worker());
   free(order);
   return atomic_load(&j.failed);
 }
 
 void sim_thread_end(void) {
-  helper* h = own_helper;
+  worker* h = own_worker;
   if (h) {
     pthread_mutex_lock(&h->mutex);
     h->stopped = true;
@@ -147,7 +147,7 @@ void sim_thread_end(void) {
     pthread_cond_destroy(&h->changed);
     pthread_mutex_destroy(&h->mutex);
     free(h);
-    own_helper = NULL;
+    own_worker = NULL;
   }
   sim_release_threadgroup();
 }
