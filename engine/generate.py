@@ -61,6 +61,12 @@ class GenerationResponse:
         self._stream = stream
         self._logits = output.logits  # every output of this stream keeps them
 
+    def __repr__(self) -> str:
+        return (
+            f"GenerationResponse(text={self.text!r}, token={self.token}, prompt_tokens={self.prompt_tokens}, "
+            f"generation_tokens={self.generation_tokens}, finish_reason={self.finish_reason!r})"
+        )
+
     @property
     def cached_tokens(self) -> int:
         return self._stream.cached_tokens

@@ -172,8 +172,10 @@ def load(
     device = device or DEFAULT_DEVICE
     if not isinstance(batch_invariant, bool):
         raise ValueError(f"batch_invariant is {batch_invariant!r:.80}, expected True or False")
-    if batch_invariant and device == "eager":
-        raise ValueError("batch_invariant is True on eager, whose results MLX rounds; it is an option of the host and metal devices")
+    if device == "eager":
+        for name, given in (("batch_invariant", batch_invariant or None), ("threads", threads), ("kv_memory", kv_memory)):
+            if given is not None:
+                raise ValueError(f"{name} is {given!r} on eager, which is mlx-lm's own; it is an option of the devices that run natively")
     target: Target | None = None
     if device == "host":
         target = HostTarget(arithmetic)
@@ -224,7 +226,7 @@ def _native(
     try:
         device = NativeDevice.open(device_name, threads or 0)
     except NativeUnavailable as error:
-        if strict:
+        if strict or device_name == "metal-sim":  # who asks for the simulator wants nothing else
             raise
         warnings.warn(f"{error}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)
         return None, str(error)
@@ -243,7 +245,7 @@ def _native(
         return None, text
     except KernelError as error:
         device.close()
-        if strict:
+        if strict or device_name == "metal-sim":
             raise
         text = f"the compiler of {device_name} does not take a kernel of metalstep, which is a bug to report: {error}"
         warnings.warn(f"{text}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)

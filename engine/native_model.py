@@ -59,13 +59,13 @@ class NativeModel:
         self._plans: dict[PlanShape, Plan] = {}
         self._memory = StepMemory(device)
         prepared = captured.prepare(lambda name: mx.array(checkpoint.tensors[name].numpy()))
+        left = self._memory_left(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
         self.weights = target.weights(device, checkpoint.tensors, prepared)
         limit = checkpoint.config.get("max_position_embeddings")
         if limit is not None and not (isinstance(limit, int) and limit > 0):
             raise ValueError(f"the config's max_position_embeddings is {limit!r}, expected a positive integer")
         self.model_context = limit
-        weight_bytes = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
-        self.cache = self._make_cache(max_context, kv_memory, kv_dtype, weight_bytes)
+        self.cache = self._make_cache(max_context, kv_memory, kv_dtype, left)
         self.vocab_size = row_size(self._graph.outputs[0])
         self.arrays = StepArrays(
             device,
@@ -85,10 +85,19 @@ class NativeModel:
         self.slots = RequestSlots(self.arrays)
         self.decode_plan = self.plan_for(1, decode=True)
 
+    def _memory_left(self, weight_bytes: int) -> int | None:
+        """What the weights leave of the device's memory; None where it has no limit of its own."""
+        limit = self.device.info.memory_bytes
+        if limit and weight_bytes >= limit:
+            raise ValueError(
+                f"the weights take {weight_bytes:,} bytes and {self.device.info.name} has {limit:,} left; use a smaller model or fewer bits"
+            )
+        return limit - weight_bytes if limit else None
+
     def _make_cache(
-        self, max_context: int | None, kv_memory: int | float | str | None, kv_dtype: str, weight_bytes: int
+        self, max_context: int | None, kv_memory: int | float | str | None, kv_dtype: str, left: int | None
     ) -> PagedKVCache:
-        """weight_bytes: what the weights will take of the device's memory."""
+        """left: bytes of the device's memory beside the weights, where it has a limit."""
         if kv_dtype not in DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {sorted(DTYPES)}")
         if max_context is not None and (isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 <= max_context < 2**31):
@@ -96,8 +105,6 @@ class NativeModel:
         context = max_context or self.model_context or DEFAULT_CONTEXT
         if self.model_context and context > self.model_context:
             raise ValueError(f"max_context is {max_context}, expected at most the model's own limit of {self.model_context} tokens")
-        limit = self.device.info.memory_bytes
-        left = max(0, limit - weight_bytes) if limit else None
         budget = memory_size("kv_memory", self.target.kv_memory if kv_memory is None else kv_memory, left)
         groups = cache_groups(self._graph)
         if not groups:
@@ -109,8 +116,8 @@ class NativeModel:
         if capacity.tokens < need:
             needed = need * sum(group.token_bytes(kv_dtype) for group in groups)
             raise ValueError(
-                f"a KV cache of {budget} bytes holds {capacity.tokens} tokens, expected room for {need} ({needed} bytes); load with a "
-                "larger kv_memory or a smaller max_context"
+                f"a KV cache of {budget:,} bytes holds {capacity.tokens} tokens, expected room for {need} ({needed:,} bytes); load with a "
+                f"larger kv_memory{' or a smaller max_context' if max_context else ''}"
             )
         self.num_blocks = capacity.num_blocks
         self.max_context = min(context, capacity.tokens)

@@ -112,8 +112,8 @@ def add_device_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device",
         choices=DEVICES,
-        help="metal: an Apple GPU (default on a Mac); host: the native step on the CPU (default elsewhere); metal-sim: the GPU's shaders "
-        "simulated on the CPU, for tests; eager: mlx-lm's own graph through MLX",
+        help="metal: an Apple GPU (default on a Mac); host: the native step on the CPU (default elsewhere); metal-sim: on Linux, the GPU's "
+        "shaders simulated on the CPU, for tests; eager: mlx-lm's own graph through MLX",
     )
     parser.add_argument(
         "--batch-invariant",
@@ -148,7 +148,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         "--kv-memory",
         type=memory,
         metavar="SIZE",
-        help="memory of the KV cache that all requests share: 2GB, 1.5GiB, or 0.5 of what is free (default: 0.5)",
+        help="memory of the KV cache that all requests share: 2GB, 1.5GiB, or 0.5 of what is free (default: 0.5; on a GPU 0.25)",
     )
     group.add_argument(
         "--strict", action="store_true", help="fail where a model cannot run natively instead of running it eagerly"

@@ -22,7 +22,7 @@ DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64)
 MIXED_ROWS = (8, 64, 128, 512)
 RESULTS = 64  # sampled rows of a mixed step
 NORM_ROWS = 16  # up to here a norm costs less inside of the linears that read it; beyond, each row would be normed too often
-SPLIT_LEN = 1024  # positions of one piece of a context: up to here attention is one launch
+SPLIT_LEN = attention.SPLIT_LEN
 
 
 class GpuTarget:

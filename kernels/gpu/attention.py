@@ -17,7 +17,7 @@ from metalstep.kernels.step import StepBuffers
 
 OP = "attention"
 TYPES = {params.MS_FLOAT32: "float", params.MS_FLOAT16: "half", params.MS_BFLOAT16: "bfloat"}
-SPLIT_LEN = 256  # visible positions of a piece of a context
+SPLIT_LEN = 1024  # visible positions of a piece of a context: up to here attention is one launch
 SIMD = 32  # lanes
 MIXED_FROM = 8  # rows of a benchmark, from which on they may be of one prompt
 THREADGROUP_BYTES = 32768  # of memory, the most that Apple's GPUs have

@@ -92,4 +92,4 @@ def test_kv_memory_is_a_size_or_a_fraction():
     with metalstep.load("smollm2", strict=True, kv_memory="2MB")[0] as model:
         assert f"do not fit into the context of {model.native.max_context}\n" in err and model.native.max_context == 80
     _, err = generate("Hi", "-m", "1", "--kv-memory", "0.000000001", status=2)
-    assert re.match(r"error: a KV cache of \d+ bytes holds 0 tokens", err)
+    assert re.match(r"error: a KV cache of [\d,]+ bytes holds 0 tokens", err)

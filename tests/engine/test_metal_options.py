@@ -11,7 +11,7 @@ import pytest
 from engines import CHOICES, check, kinds
 from families import VOCAB
 from interrupt_at import InterruptAt
-from metal_models import ALL, CONTEXT, RANGE, build, load
+from metal_models import ALL, CONTEXT, DEVICE, RANGE, build, load
 from mlx_lm.models.cache import make_prompt_cache as mlx_prompt_cache
 from tiny import write_model
 from workload import answers, requests, watched
@@ -388,11 +388,23 @@ def test_ctrl_c_in_the_compiler_is_no_end_of_a_kernel(directory, monkeypatch):
 
 
 def test_a_kernel_that_the_compiler_refuses_leaves_the_model_eager(directory, monkeypatch):
+    """As on a Mac whose compiler does not take the text; of the simulator it is an error, since nothing else was wanted."""
+    open_device = NativeDevice.open
+
     def refuses(device, source):
         raise KernelError("library: program_source:1:1: error: unknown type name 'kernal'")
 
     monkeypatch.setattr(NativeDevice, "add_library", refuses)
-    with pytest.warns(RuntimeWarning, match="unknown type name 'kernal'"), load(directory[0], strict=False) as model:
+    with pytest.raises(KernelError, match="unknown type name"):
+        load(directory[0], "metal-sim", strict=False)
+    monkeypatch.setattr(NativeDevice, "open", lambda name, threads=0: open_device(DEVICE, threads))
+    with pytest.warns(RuntimeWarning, match="unknown type name 'kernal'"), load(directory[0], "metal", strict=False) as model:
         assert model.native is None and "bug to report" in model.fallback_reason
     with pytest.raises(KernelError, match="unknown type name"):
-        load(directory[0], strict=True)
+        load(directory[0], "metal", strict=True)
+
+
+def test_a_gpu_that_the_weights_fill_says_so(directory, monkeypatch):
+    monkeypatch.setenv("METALSTEP_SIM_MEMORY", "100000")
+    with pytest.raises(ValueError, match=r"the weights take [\d,]+ bytes and .* has 100,000 left; use a smaller model"):
+        load(directory[0], "metal-sim")

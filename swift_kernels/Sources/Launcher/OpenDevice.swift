@@ -37,7 +37,7 @@ final class OpenDevice {
     case "metal-sim": device = try MetalDevice(name: "metal-sim", threads: threads)
     case "metal":
       throw .device(
-        "metal: this machine has no Metal device; open \"metal-sim\", which runs the same shaders on the CPU, slowly, "
+        "metal: this machine has no Metal device; use device \"metal-sim\", which runs the same shaders on the CPU, slowly, "
           + "or \"host\"")
     #endif
     case let other:
