@@ -159,9 +159,9 @@ class NativeModel:
         """What one decode step launches and reads: see `metalstep explain`."""
         info = self.device.info
         return {
-            "device": info.name,
-            "isa": info.isa,
-            "threads": info.threads,
+            "device": self.device.kind,
+            **({"isa": info.isa} if info.isa else {}),
+            **({"threads": info.threads} if info.threads else {}),
             **self.target.facts(),
             "kv_bytes_per_token": self.cache.bytes_per_token,
             "max_context": self.max_context,

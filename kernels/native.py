@@ -72,9 +72,13 @@ class DeviceBuffer:
 
 
 class NativeDevice:
-    """An open device. Close it, or use it in a `with` statement; it closes by itself when nothing refers to it."""
+    """An open device. Close it, or use it in a `with` statement; it closes by itself when nothing refers to it.
 
-    def __init__(self, session: _Session):
+    kind: the name that it was opened by; info.name is the machine's own.
+    """
+
+    def __init__(self, session: _Session, kind: str):
+        self.kind = kind
         self._session: _Session | None = session
         self._memory: dict[int, _Memory] = {}
         self._kernels: dict[str, int] = {}
@@ -93,7 +97,7 @@ class NativeDevice:
         """
         out = ffi.new("void **")
         _call(_library().ms_device_open, name.encode(), threads, out)
-        return cls(_Session(out[0]))
+        return cls(_Session(out[0]), name)
 
     def create_buffer(self, nbytes: int) -> DeviceBuffer:
         """Zeroed memory, committed when it is first written. Raises: MemoryError; ValueError for a negative size."""

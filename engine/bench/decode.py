@@ -54,7 +54,6 @@ def bench_decode(
         heads = started.heads
     return {
         "machine": machine(),
-        "threads": threads,
         "model": model,
         "engines": heads,
         "pairs": pairs,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from metalstep.bench.kernel_inputs import CaseInputs
-from metalstep.bench.machine import machine
+from metalstep.bench.machine import SIMULATED, machine
 from metalstep.bench.statistics import summary
 from metalstep.chips import Chip
 from metalstep.kernels.gpu import attention, linear, row_program, sample, step_advance
@@ -41,7 +41,6 @@ CALL_S = 0.02  # that a timed call should take: steps are chosen for it
 MAX_STEPS = 32
 SIMULATED_WORK = 5_000_000  # of a case that a simulator runs without being asked to
 NOT_TIMED = "allocating and filling buffers, compiling kernels, making plans, a first call"
-SIMULATED = "metal-sim runs the shaders on the CPU: its times say nothing of a GPU's speed"
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ def shape_sizes(
     """Sizes of a shape's layers. shape: of shapes.SHAPES, or "tiny". Raises: ValueError for one that is not known, or a format."""
     name = shape.lower()
     if name != TINY and name not in SHAPES:
-        raise ValueError(f"shape is {shape!r}, expected one of {', '.join([TINY, *SHAPES])}; pass one of these")
+        raise ValueError(f"shape is {shape!r}, expected one of {', '.join([TINY, *SHAPES])}")
     if bits not in (*BITS, 16) or group_size not in GROUP_SIZES:
         known = f"{', '.join(map(str, BITS))} or 16 bits in groups of {', '.join(map(str, GROUP_SIZES))}"
         raise ValueError(f"weights of {bits} bits in groups of {group_size}, expected {known}; MLX has no other")

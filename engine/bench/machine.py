@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+SIMULATED = "metal-sim runs the shaders on the CPU: its times say nothing of a GPU's speed"
+
 
 def machine() -> dict[str, str | int]:
     """The machine in words, for the head of a benchmark. cpus: that this process may use."""

@@ -99,7 +99,7 @@ def peers_python(engine: str, given: str | None) -> str:
     if engine == "metalstep":
         return sys.executable
     folders = [Path.cwd(), Path(__file__).resolve().parents[2]]
-    candidates = [given] if given else [str(folder / ".venv-peers" / "bin" / "python") for folder in folders]
+    candidates = [given] if given else [str(folder / ".venv-peers" / "bin" / "python") for folder in dict.fromkeys(folders)]
     for candidate in candidates:
         if os.access(candidate, os.X_OK):
             return candidate

@@ -49,7 +49,6 @@ def bench_prefill(
         heads = started.heads
     return {
         "machine": machine(),
-        "threads": threads,
         "model": model,
         "engines": heads,
         "pairs": pairs,

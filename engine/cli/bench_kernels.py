@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from metalstep.chips import CHIPS, find_chip
 from metalstep.cli.bench_output import HelpFormatter, emit, print_head, progress
-from metalstep.cli.parser import CommandError, Parser, integers, positive
+from metalstep.cli.parser import CommandError, Parser, counted, integers, positive
 from metalstep.cli.version import versions
 from metalstep.kernels.native import NativeDevice
 from metalstep.kv_cache import DTYPES
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 SHAPE, ROWS, CONTEXTS, SAMPLES = "qwen3-0.6b", [1, 4, 16, 64, 512], [1024, 8192], 20
 SIMULATED_ROWS, SIMULATED_CONTEXTS, SIMULATED_SAMPLES = [1, 8], [64], 2
 EXAMPLES = """examples:
-  metalstep bench kernels --chip m4-max
-  metalstep bench kernels --op linear --shape qwen3-4b --rows 1,2,4,8 --json
-  metalstep bench kernels --case 'attention-decode-*' --context 1024,8192,32768
-  metalstep bench kernels --device metal-sim --shape qwen3-0.6b --case linear-o-1rows"""
+  metalstep bench kernels --shape qwen3-0.6b --case linear-o-1rows
+  metalstep bench kernels --chip m4-max                                             # on a Mac
+  metalstep bench kernels --op linear --shape qwen3-4b --rows 1,2,4,8 --json        # on a Mac
+  metalstep bench kernels --case 'attention-decode-*' --context 1024,8192,32768     # on a Mac"""
 
 
 def parser() -> Parser:
@@ -51,7 +51,7 @@ def parser() -> Parser:
 
 
 def kernels(argv: list[str]) -> int:
-    from metalstep.bench.kernels import SIMULATED, TINY, bench_cases, bench_kernels, shape_sizes
+    from metalstep.bench.kernels import TINY, bench_cases, bench_kernels, shape_sizes
 
     args = parser().parse_args(argv)
     device_name = args.device or ("metal" if sys.platform == "darwin" else "metal-sim")
@@ -60,7 +60,7 @@ def kernels(argv: list[str]) -> int:
         raise CommandError("--chip: times of metal-sim are no speeds", "leave it out, or use --device metal on a Mac")
     ops, chip = _ops(args.op), None if args.chip is None else find_chip(args.chip)
     if device_name == "metal" and sys.platform != "darwin":
-        raise CommandError("--device metal: this machine has no Metal device", "--device metal-sim, which is no measure of speed")
+        raise CommandError("--device metal: this machine has no Metal device", "use --device metal-sim, which is no measure of speed")
     shape = (args.shape or (TINY if simulated else SHAPE)).lower()
     sizes = shape_sizes(
         shape,
@@ -75,9 +75,8 @@ def kernels(argv: list[str]) -> int:
     weights = "bfloat16" if args.bits == 16 else f"{args.bits} bits in groups of {args.group_size}"
     with NativeDevice.open(device_name) as device:
         if not args.json:
-            print_head(f"shape {shape}, weights {weights}, KV {args.kv_dtype}", f"{samples} samples after a warm-up, random numbers")
-            if simulated:
-                print(f"note       {SIMULATED}", flush=True)
+            method = f"{counted(samples, 'sample')} after a warm-up, random numbers"
+            print_head(f"shape {shape}, weights {weights}, KV {args.kv_dtype}", method, device_name)
         options: dict[str, Any] = dict(samples=samples, chip=chip, simulated=simulated, large=args.case is not None)
         result = bench_kernels(device, sizes, cases, **options, progress=progress)
     reasons = [entry["reason"] for entry in result["left_out"]]

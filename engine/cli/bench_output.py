@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from metalstep.bench.machine import machine
+from metalstep.bench.machine import SIMULATED, machine
 from metalstep.cli.version import versions
 
 
@@ -19,13 +19,20 @@ class HelpFormatter(argparse.HelpFormatter):
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
-def print_head(model: str, method: str) -> None:
-    """The machine and the versions, before anything is measured."""
+def note(device: str | None) -> str | None:
+    """What to know of any time that is measured on `device`, one of load's names; None where there is nothing."""
+    return SIMULATED if device == "metal-sim" else None
+
+
+def print_head(model: str, method: str, device: str | None = None) -> None:
+    """The machine and the versions, before anything is measured. device: one of load's names, for a note on its times."""
     here = machine()
     print(f"machine    {here['cpu']}, {here['cpus']} CPUs, {here['system']}")
     print("versions   " + ", ".join(f"{name} {value}" for name, value in versions().items()))
     print(f"model      {model}")
     print(f"method     {method}", flush=True)
+    if text := note(device):
+        print(f"note       {text}", flush=True)
 
 
 def emit(result: dict[str, Any], as_json: bool, describe: Callable[[dict[str, Any]], list[str]]) -> None:

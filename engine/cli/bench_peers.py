@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from typing import Any
 
 from metalstep.bench.machine import machine
 from metalstep.bench.peers import PEERS
-from metalstep.cli.bench_output import HelpFormatter, emit, joined, print_head, progress
-from metalstep.cli.parser import CommandError, Parser, add_device_options, integers, positive
+from metalstep.cli.bench_output import HelpFormatter, emit, joined, note, print_head, progress
+from metalstep.cli.parser import CommandError, Parser, add_device_options, counted, integers, positive
 from metalstep.cli.version import versions
 from metalstep.kernels.linear import ARITHMETIC
+from metalstep.model import DEFAULT_DEVICE
 from metalstep.native_model import MAX_SEQS, MAX_STEPS
 
 PAIRS = 7
@@ -124,12 +126,14 @@ def decode(argv: list[str]) -> int:
             f"--decode-steps is {args.decode_steps}, expected at most {MAX_STEPS}", "metalstep bench decode --help"
         )
     threads = args.threads or int(machine()["cpus"])
+    chosen = settings(args, against, threads)
     if not args.json:
         steps = f", {args.decode_steps} steps per native call" if args.decode_steps > 1 else ""
         print_head(
             args.model,
-            f"threads {threads}, arithmetic {args.arithmetic}, batch {joined(args.batch)}, greedy, {args.tokens} tokens{steps}, "
-            f"{args.pairs} pairs",
+            f"{described(chosen)}batch {joined(args.batch)}, greedy, {counted(args.tokens, 'token')}{steps}, "
+            f"{counted(args.pairs, 'pair')}",
+            args.device,
         )
     result = bench_decode(
         args.model,
@@ -144,7 +148,7 @@ def decode(argv: list[str]) -> int:
         peers_path=args.peers_python,
         progress=progress,
     )
-    emit({**result, "versions": versions()}, args.json, describe_decode)
+    emit({**result, **chosen, "versions": versions()}, args.json, describe_decode)
     return 0
 
 
@@ -154,8 +158,9 @@ def prefill(argv: list[str]) -> int:
     args = prefill_parser().parse_args(argv)
     against = peers(args.against, "metalstep bench prefill --help")
     threads = args.threads or int(machine()["cpus"])
+    chosen = settings(args, against, threads)
     if not args.json:
-        print_head(args.model, f"threads {threads}, arithmetic {args.arithmetic}, one prompt, {args.pairs} pairs")
+        print_head(args.model, f"{described(chosen)}one prompt, {counted(args.pairs, 'pair')}", args.device)
     result = bench_prefill(
         args.model,
         against,
@@ -166,7 +171,7 @@ def prefill(argv: list[str]) -> int:
         peers_path=args.peers_python,
         progress=progress,
     )
-    emit({**result, "versions": versions()}, args.json, describe_prefill)
+    emit({**result, **chosen, "versions": versions()}, args.json, describe_prefill)
     return 0
 
 
@@ -177,6 +182,25 @@ def peers(text: str, hint: str) -> list[str]:
         if name not in PEERS:
             raise CommandError(f"--against: no peer {name!r}, expected {' or '.join(PEERS)}", hint)
     return names
+
+
+def settings(args: argparse.Namespace, against: list[str], threads: int) -> dict[str, Any]:
+    """What a result depends on besides the cases: threads, where an engine of the run has any to choose; metalstep's arithmetic on the
+    host device; a note on a device's times. None for what does not apply."""
+    host = (args.device or DEFAULT_DEVICE) == "host"
+    return {
+        "threads": threads if host or "llama.cpp" in against else None,
+        "arithmetic": args.arithmetic if host else None,
+        "note": note(args.device),
+    }
+
+
+def described(chosen: dict[str, Any]) -> str:
+    """`settings` as the beginning of a list of words. A GPU has no threads: those are llama.cpp's."""
+    threads, arithmetic = chosen["threads"], chosen["arithmetic"]
+    if threads is None:
+        return ""
+    return f"threads {threads}, arithmetic {arithmetic}, " if arithmetic else f"threads {threads} (of llama.cpp), "
 
 
 def describe_engines(result: dict[str, Any], columns: Sequence[tuple[str, int]]) -> list[str]:
@@ -206,7 +230,7 @@ def describe_decode(result: dict[str, Any]) -> list[str]:
         lines.append(
             f"metalstep / {row['against']}, batch {row['batch']}, prompt {row['prompt_tokens']}: "
             f"decode {describe_ratio(row['decode'])}, TTFT {describe_ratio(row['ttft'])}; "
-            f"the same first {same['median']:g} tokens (median; {same['whole']:.0%} of the texts wholly)"
+            f"the same first {same['median']:g} token{'' if same['median'] == 1 else 's'} (median; {same['whole']:.0%} of the texts wholly)"
         )
     if any("gb_s" in row for row in result["cases"]):
         lines.append("GB/s: weights and KV cache read per step, times the median of steps per second")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from metalstep.cli.bench_output import HelpFormatter, emit, print_head, progress
-from metalstep.cli.parser import CommandError, Parser, add_load_options, load_model, positive
+from metalstep.cli.bench_output import HelpFormatter, emit, note, print_head, progress
+from metalstep.cli.parser import CommandError, Parser, add_load_options, counted, load_model, positive
 from metalstep.native_model import MAX_SEQS, PREFILL_ROWS
 
 LAUNCHES_EXAMPLES = """examples:
@@ -84,7 +84,7 @@ def launches(argv: list[str]) -> int:
         raise CommandError("--prefill profiles one prompt, so it does not go with --batch", "leave one of them out")
     if not args.json:
         what = f"prompt of {args.prefill}" if args.prefill else f"batch {args.batch}, context {args.context}"
-        print_head(args.model, f"{what}, {args.steps} steps, medians")
+        print_head(args.model, f"{what}, {counted(args.steps, 'step')}, medians", args.device)
     model, tokenizer = load_model(args)
     with model:
         prompts = Prompts.of(tokenizer)
@@ -93,7 +93,7 @@ def launches(argv: list[str]) -> int:
         )
         if not args.prefill:
             result["generation"] = bench_host_time(model, tokenizer, prompts, tokens=args.steps, batch=args.batch)
-    emit(result, args.json, describe_launches)
+    emit({**result, "note": note(args.device)}, args.json, describe_launches)
     return 0
 
 
@@ -104,7 +104,9 @@ def sampling(argv: list[str]) -> int:
     if not args.json:
         print_head(
             args.model,
-            f"batch {args.batch}, context {args.context}, medians of {args.steps} steps, {args.pairs} pairs, one token per native call",
+            f"batch {args.batch}, context {args.context}, medians of {counted(args.steps, 'step')}, {counted(args.pairs, 'pair')}, "
+            "one token per native call",
+            args.device,
         )
     model, tokenizer = load_model(args)
     with model:
@@ -117,21 +119,22 @@ def sampling(argv: list[str]) -> int:
             pairs=args.pairs,
             progress=progress,
         )
-    emit(result, args.json, describe_sampling)
+    emit({**result, "note": note(args.device)}, args.json, describe_sampling)
     return 0
 
 
 def describe_launches(result: dict[str, Any]) -> list[str]:
+    width = max([12, *(len(row["kernel"]) for row in result["rows"])])
     lines = [
         f"device {result['device']}",
         "",
-        f"{'count':>6} {'kernel':12} {'µs':>8} {'share':>6} {'GB/s':>6} {'GMAC/s':>6}  what it computes",
+        f"{'count':>6} {'kernel':{width}} {'µs':>8} {'share':>6} {'GB/s':>6} {'GMAC/s':>6}  what it computes",
     ]
     for row in sorted(result["rows"], key=lambda row: -row["us"]):
         share = row["us"] / result["total_us"] if result["total_us"] else 0.0
         rates = f"{row['gb_s']:6.1f} {row['gmac_s']:6.1f}"
-        lines.append(f"{row['count']:6} {row['kernel']:12} {row['us']:8.1f} {share:6.1%} {rates}  {row['ops']}")
-    lines.append(f"{'':19} {result['total_us']:8.1f}")
+        lines.append(f"{row['count']:6} {row['kernel']:{width}} {row['us']:8.1f} {share:6.1%} {rates}  {row['ops']}")
+    lines.append(f"{'':{width + 7}} {result['total_us']:8.1f}")
     if step := result.get("generation"):
         what = "a token" if step["batch"] == 1 else f"a step of {step['batch']} sequences"
         lines.append(

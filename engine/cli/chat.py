@@ -14,6 +14,7 @@ from metalstep.cli.parser import (
     Parser,
     add_load_options,
     boolean,
+    counted,
     json_object,
     load_model,
     refuse,
@@ -350,7 +351,8 @@ def speeds(last: GenerationResponse, ttft: float, decoding: float) -> str:
     rate = f", {decoded / decoding:.1f} tok/s" if decoded > 0 and decoding > 0 else ""
     cached = getattr(last, "cached_tokens", None)  # mlx-lm's own responses have none
     cached_text = "" if cached is None else f" ({cached} cached)"
-    return f"[{last.generation_tokens} tokens{rate}; prompt {last.prompt_tokens} tokens{cached_text}, TTFT {ttft * 1e3:.0f} ms]"
+    said, prompt = counted(last.generation_tokens, "token"), counted(last.prompt_tokens, "token")
+    return f"[{said}{rate}; prompt {prompt}{cached_text}, TTFT {ttft * 1e3:.0f} ms]"
 
 
 def required(command: str, argument: str) -> str:

@@ -9,11 +9,12 @@ from collections import Counter
 from typing import Any
 
 from metalstep.chips import CHIPS, find_chip
-from metalstep.cli.parser import CommandError, Parser, add_load_options, load_model, positive
+from metalstep.cli.parser import CommandError, Parser, add_load_options, counted, load_model, positive
 
 MIB = 1 << 20
 CONTEXT = 1024  # tokens of each sequence, unless told otherwise
-PAPER_ALONE = ("batch", "context", "bits", "group_size")  # options of a plan on paper
+OF_PAPER = ("batch", "context")  # options of a plan on paper
+OF_SHAPE = ("bits", "group_size")
 
 
 def parser() -> Parser:
@@ -48,7 +49,9 @@ def main(argv: list[str]) -> int:
     if args.shape or args.chip or (args.device == "metal" and sys.platform != "darwin"):
         report = on_paper(args)
     else:
-        _refuse(args, PAPER_ALONE, "is of a plan on paper", "add --chip m4-max, or --shape in place of MODEL")
+        _refuse_shape_options(args)
+        paper = "--chip or --shape" if sys.platform == "darwin" else "--chip, --shape or --device metal"
+        _refuse(args, OF_PAPER, f"needs a plan on paper: {paper}", "add --chip m4-max, or use --shape NAME in place of MODEL")
         model, _ = load_model(args)
         with model:
             report = {"model": args.model, "device_description": model.device_description, **model.explain()}
@@ -75,14 +78,14 @@ def on_paper(args: argparse.Namespace) -> dict[str, Any]:
         quantisation = "bfloat16" if shape.bits == 16 else f"{shape.bits} bits in groups of {shape.group_size}"
         about = {"model": args.shape, "shape": True, "shape_source": shape.shape.source, "quantisation": quantisation}
     else:
-        _refuse(args, ("bits", "group_size"), "is of a shape's weights, and MODEL has its own", "leave it out, or use --shape")
+        _refuse_shape_options(args)
         checkpoint = open_checkpoint(args.model)
         about = {"model": args.model}
     with checkpoint:
         context = args.context or min(CONTEXT, checkpoint.config.get("max_position_embeddings") or CONTEXT)
         report = explain_on_paper(
             checkpoint,
-            GpuTarget(),
+            GpuTarget(batch_invariant=args.batch_invariant),
             chip=chip,
             batch=args.batch or 1,
             context=context,
@@ -90,6 +93,10 @@ def on_paper(args: argparse.Namespace) -> dict[str, Any]:
             strict=args.strict,
         )
     return {**about, "device_description": "metal, planned on paper", **report}
+
+
+def _refuse_shape_options(args: argparse.Namespace) -> None:
+    _refuse(args, OF_SHAPE, "is of a shape's weights, and MODEL has its own", "leave it out, or use --shape NAME in place of MODEL")
 
 
 def _refuse(args: argparse.Namespace, names: tuple[str, ...], why: str, hint: str) -> None:
@@ -102,11 +109,13 @@ def describe(plan: dict[str, Any], every: bool = False) -> list[str]:
     """The plan in lines to read. plan: Model.explain() or explain_on_paper() with `model` and `device_description`."""
     shape = f", its shape alone: {plan['quantisation']}" if plan.get("shape") else ""
     lines = [
-        f"model               {plan['model']} ({plan['model_type']}, {plan['file_bytes'] / MIB:.1f} MiB{shape})",
+        f"model               {plan['model']} ({plan['model_type']}, {plan['file_bytes'] / MIB:,.1f} MiB{shape})",
         f"device              {plan['device_description']}",
     ]
     if not plan["native"]:
         return [*lines, f"runs eagerly        {plan['fallback_reason']}"]
+    if plan.get("batch_invariant"):
+        lines.append("batch-invariant     a sequence's logits are the same bits in any batch")
     if plan.get("paper"):
         lines += paper_totals(plan)
         return lines + (every_launch if every else kinds)(plan["launches"])
@@ -114,9 +123,9 @@ def describe(plan: dict[str, Any], every: bool = False) -> list[str]:
         lines.append(f"arithmetic          {plan['arithmetic']}")
     lines += [
         f"launches per token  {plan['launches_per_token']}, {plan['barriers_per_token']} of them behind a barrier",
-        f"read per token      {plan['weight_bytes_per_token'] / MIB:.2f} MiB of weights, "
+        f"read per token      {plan['weight_bytes_per_token'] / MIB:,.2f} MiB of weights, "
         f"{plan['kv_bytes_per_token']:,} bytes of KV cache per cached token",
-        f"memory              arena {plan['arena_bytes']:,} bytes; a sequence has up to {plan['max_context']:,} tokens",
+        f"memory              arena {plan['arena_bytes']:,} bytes; a sequence has up to {counted(plan['max_context'], 'token')}",
         "",
     ]
     return lines + (every_launch if every else kinds)(plan["launches"])
@@ -124,13 +133,13 @@ def describe(plan: dict[str, Any], every: bool = False) -> list[str]:
 
 def paper_totals(plan: dict[str, Any]) -> list[str]:
     """The lines of a step on paper, above its launches."""
-    sequences = "1 sequence" if plan["batch"] == 1 else f"{plan['batch']} sequences"
+    sequences = "of 1 sequence" if plan["batch"] == 1 else f"for each of {plan['batch']} sequences"
     lines = [
-        f"step                a token of {sequences} with {plan['context']:,} tokens, KV cache {plan['kv_dtype']}",
+        f"step                a token {sequences} with {counted(plan['context'], 'token')}, KV cache {plan['kv_dtype']}",
         f"launches per step   {plan['launches_per_token']}, {plan['barriers_per_token']} of them behind a barrier",
-        f"moved per step      {plan['weight_bytes_per_token'] / MIB:.2f} MiB of weights, {plan['kv_bytes_per_step'] / MIB:.2f} MiB of KV "
-        f"cache, {plan['other_bytes_per_step'] / MIB:.2f} MiB of activations and the like",
-        f"computed per step   {plan['flops_per_step'] / 1e9:.2f} GFLOP",
+        f"moved per step      {plan['weight_bytes_per_token'] / MIB:,.2f} MiB of weights, {plan['kv_bytes_per_step'] / MIB:,.2f} MiB of KV "
+        f"cache, {plan['other_bytes_per_step'] / MIB:,.2f} MiB of activations and the like",
+        f"computed per step   {plan['flops_per_step'] / 1e9:,.2f} GFLOP",
         f"memory              arena {plan['arena_bytes']:,} bytes; {plan['kv_bytes_per_token']:,} bytes of KV cache per token",
     ]
     predicted = plan.get("prediction")
@@ -158,7 +167,7 @@ def every_launch(launches: list[dict[str, Any]]) -> list[str]:
         mark = "|" if launch["barrier"] else " "
         time = f" {launch['predicted_us']:12.2f}" if timed else ""
         rows.append(
-            f"{index:6} {mark} {launch['kernel']:{width}} {launch['weight_bytes'] / 1024:10.1f}{time}  {operations(launch)}"
+            f"{index:6} {mark} {launch['kernel']:{width}} {launch['weight_bytes'] / 1024:10,.1f}{time}  {operations(launch)}"
         )
     return rows
 
@@ -178,7 +187,7 @@ def kinds(launches: list[dict[str, Any]]) -> list[str]:
     rows = [f"{'count':>6}  {'kernel':{width}} {'weight MiB':>10}{timed}  what it computes"]
     for kind, n in counts.items():
         time = f" {times[kind]:12.1f}" if timed else ""
-        rows.append(f"{n:6}  {kind[0]:{width}} {weights[kind] / MIB:10.2f}{time}  {kind[1]}")
+        rows.append(f"{n:6}  {kind[0]:{width}} {weights[kind] / MIB:10,.2f}{time}  {kind[1]}")
     return rows
 
 

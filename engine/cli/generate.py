@@ -5,7 +5,16 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from metalstep.cli.parser import CommandError, Parser, add_load_options, boolean, json_object, load_model, refuse
+from metalstep.cli.parser import (
+    CommandError,
+    Parser,
+    add_load_options,
+    boolean,
+    counted,
+    json_object,
+    load_model,
+    refuse,
+)
 from metalstep.cli.progress import PromptProgress
 from metalstep.cli.sampling import add_request_options, request_options, with_special_tokens
 from metalstep.generate import GenerationResponse, stream_generate
@@ -163,7 +172,7 @@ def statistics(model: Model, last: GenerationResponse) -> list[str]:
     known = getattr(last, "cached_tokens", 0)  # mlx-lm's own responses have none
     cached = f" ({known} cached)" if known else ""
     return [
-        f"prompt: {last.prompt_tokens} tokens{cached}, {last.prompt_tps:.1f} tok/s",
+        f"prompt: {counted(last.prompt_tokens, 'token')}{cached}, {last.prompt_tps:.1f} tok/s",
         decode_rate(last),
         f"device: {device}",
         f"peak memory: {last.peak_memory:.3f} GB",
@@ -176,4 +185,4 @@ def decode_rate(last: GenerationResponse) -> str:
     if decoded < 1:
         return "decode: 1 token, which came with the prompt"
     seconds = last.generation_tokens / last.generation_tps  # since the first token
-    return f"decode: {decoded} tokens after the first, {decoded / seconds:.1f} tok/s"
+    return f"decode: {counted(decoded, 'token')} after the first, {decoded / seconds:.1f} tok/s"

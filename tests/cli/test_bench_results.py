@@ -145,6 +145,14 @@ def test_launch_results_as_lines():
     assert lines[-1].startswith("a step of 32 sequences at a short context: 30000 µs, of which 300 µs (1.0%) outside")
 
 
+def test_columns_of_launches_stand_under_their_names_whatever_kernels_are_called():
+    rates = {"weight_bytes": 0, "gb_s": 0.0, "macs": 0, "gmac_s": 0.0}
+    rows = [{"kernel": "k" * n, "ops": f"op{n}", "count": 1, "us": 30.0, **rates} for n in (3, 62)]
+    _, _, *table, total = describe_launches({"device": "metal", "rows": rows, "total_us": 60.0})
+    assert len({line.index(cell) for line, cell in zip(table, ("what", "op3", "op62"), strict=True)}) == 1
+    assert len({line.index(cell) + len(cell) for line, cell in zip([*table, total], ("µs", "30.0", "30.0", "60.0"), strict=True)}) == 1
+
+
 def test_sampling_results_as_lines():
     samples = {"greedy": [100.0, 100.0], "filters": [150.0, 150.0]}
     rows = [row("greedy", {}, samples), row("filters", {"top_p": 0.9, "top_k": 5}, samples)]

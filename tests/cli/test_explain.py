@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import families
 import mlx.core as mx
@@ -10,7 +11,10 @@ from mlx.utils import tree_flatten
 
 from metalstep.cli import explain
 from metalstep.cli import main as command
+from metalstep.explain import explain_on_paper
 from metalstep.launch_model import LABEL
+from metalstep.plan.gpu_target import GpuTarget
+from metalstep.shapes import ShapeCheckpoint
 
 
 def run(capsys, *argv):
@@ -80,6 +84,29 @@ def test_json_and_text_agree(capsys):
     assert "4 sequences" in out
 
 
+def test_batch_invariance_is_planned_too(capsys):
+    shape = ["--shape", "smollm2-135m", "--device", "metal"]
+    plan, other = report(capsys, *shape, "--batch-invariant"), report(capsys, *shape)
+    expected = explain_on_paper(ShapeCheckpoint("smollm2-135m"), GpuTarget(batch_invariant=True))
+    assert plan["launches"] == expected["launches"]
+    assert plan["launches_per_token"] > other["launches_per_token"]
+    assert (plan["batch_invariant"], other["batch_invariant"]) == (True, False)
+    assert "\nbatch-invariant " in run(capsys, *shape, "--batch-invariant")[1]
+    assert "batch-invariant" not in run(capsys, *shape)[1]
+
+
+def test_one_is_singular_and_thousands_have_commas(capsys):
+    _, out, _ = run(capsys, "--shape", "qwen3-32b", "--batch", "64", "--context", "1")
+    assert "a token for each of 64 sequences with 1 token, KV" in out
+    assert re.search(r"moved per step      1\d,\d{3}\.\d\d MiB of weights", out)
+
+
+def test_a_models_own_bits_are_not_an_option_on_any_chip(capsys):
+    """What a hint proposes is no error of its own."""
+    hints = {run(capsys, "smollm2", "--bits", "4", *more)[2].splitlines()[1] for more in ([], ["--chip", "m4"])}
+    assert hints == {"hint: leave it out, or use --shape NAME in place of MODEL"}
+
+
 def test_a_model_is_planned_from_its_files(capsys, directories):
     plan = report(capsys, directories["qwen3"], "--chip", "m3-ultra")
     assert plan["native"]
@@ -117,7 +144,8 @@ def test_a_model_without_kernels_says_why(capsys, directories):
         (["--shape", "qwen3-0.6b", "--batch", "65"], "batch is 65"),
         (["--shape", "qwen3-0.6b", "--context", "40961"], "context is 40961"),
         (["--shape", "qwen3-0.6b", "--bits", "7"], "bits is 7"),
-        (["smollm2", "--device", "host", "--batch", "2"], "--batch is of a plan on paper"),
+        (["smollm2", "--device", "host", "--batch", "2"], "--batch needs a plan on paper: --chip"),
+        (["smollm2", "--device", "host", "--bits", "8"], "--bits is of a shape's weights"),
         (["smollm2", "--chip", "m4", "--bits", "8"], "--bits is of a shape's weights"),
     ],
 )

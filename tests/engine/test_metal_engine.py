@@ -39,6 +39,13 @@ def test_batch_invariant_requests_are_the_same_bits_in_any_batch(models):
     assert answers(engine, [replace(r, decode_steps=4, prefill_rows=7 + i) for i, r in enumerate(wanted[::-1])])[::-1] == lone
 
 
+def test_a_report_names_the_device_as_load_does_and_nothing_that_is_the_host_s(models):
+    metal, host = models["metal"].explain(), models["host"].explain()
+    assert (metal["device"], host["device"]) == (DEVICE, "host")
+    assert metal["batch_invariant"] is False and host["arithmetic"] == "int16" and host["threads"] > 0 and host["isa"]
+    assert not {"isa", "threads", "arithmetic"} & set(metal)
+
+
 def test_without_it_logits_agree_within_rounding(models):
     native = models["metal"]
     alone = native.engine.logits(TEXT[:30])
