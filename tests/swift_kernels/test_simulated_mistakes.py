@@ -42,7 +42,7 @@ def runs(device: NativeDevice, body: str, elements: int, name: str = "k") -> np.
     [
         ("o[i] = x[i];", 124, r"outside every buffer is read or written: byte 496 of \[\[buffer\(1\)\]\]"),
         ("o[i + 1] = x[i];", COUNT, r"outside every buffer is read or written: byte 512 of \[\[buffer\(0\)\]\]"),
-        ("o[i] = *(x - (1 << 30) + i);", COUNT, "is read or written"),
+        ("o[i] = *(x - (1l << 44) + i);", COUNT, "is read or written"),  # far from all that a process maps
         ("o[i] = float(i / uint(x[i] - 1.0f));", COUNT, "an integer is divided by zero"),
         ("volatile float t[65536];\n t[i] = 1; o[i] = t[i];", COUNT, "needs more than 131072 bytes of stack"),
     ],
@@ -72,7 +72,7 @@ def test_bindings_in_another_order_are_seen(metal):
     constants = params.pack("AddRMSNormParams", hidden_size=64, eps=0.0)
     entry = launch("add_rms_norm_float", weight, residual, x, result, constants=constants)
     entry.grid = (3, 1, 1)
-    with pytest.raises(RuntimeError, match=r"byte 256 of \[\[buffer\(0\)\]\]"):
+    with pytest.raises(RuntimeError, match=r"byte (256|512) of \[\[buffer\(0\)\]\]"):  # of row 1 or 2, which run side by side
         run(metal, entry)
 
 
