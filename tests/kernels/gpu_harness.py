@@ -7,7 +7,10 @@ import numpy as np
 from harness import Harness
 
 from metalstep.kernels import params
+from metalstep.kernels.gpu import sample, step_advance
+from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import PackedWeight
+from metalstep.kernels.step import StepBuffers
 
 DEVICE = "metal" if sys.platform == "darwin" else "metal-sim"
 
@@ -17,6 +20,14 @@ class GpuHarness(Harness):
 
     def __init__(self) -> None:
         super().__init__(device=DEVICE)
+
+    def sample_launches(self, logits: Buffer, step: StepBuffers, **sizes: int) -> list[Launch]:
+        """The workspace is full of NaN before."""
+        workspace = self.empty((sample.workspace_bytes(sizes["vocab_size"], sizes["max_rows"]) // 4,))
+        return sample.launches(logits, step, **sizes, workspace=workspace)
+
+    def step_advance_launches(self, step: StepBuffers, **sizes: int) -> list[Launch]:
+        return step_advance.launches(step, **sizes)
 
     def pack(self, weight: np.ndarray, *, bits: int, group_size: int, dtype: int, n: int, k: int, **pointers: np.ndarray) -> PackedWeight:
         """`weight` (uint32 words, or dense elements as stored) with its scales and biases, each a buffer."""

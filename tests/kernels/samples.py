@@ -10,7 +10,7 @@ import numpy as np
 from harness import Harness
 from programs import own_buffers
 
-from metalstep.kernels import params, sample, step_advance
+from metalstep.kernels import params, sample
 from metalstep.kernels.sample import Parameters
 
 SAMPLING, SAMPLED = params.record("MSSampling"), params.record("MSSampled")
@@ -113,12 +113,11 @@ def run(h: Harness, logits: np.ndarray, t: Tables, *, plan_rows: int | None = No
             counts=h.put(t.counts),
         )
         buffer = h.put(logits.astype(np.float32, copy=False))
-        launches = sample.launches(
-            buffer, step, vocab_size=vocab, max_rows=plan_rows, max_top=max_top, history_stride=t.history.shape[1]
-        )
+        sizes = dict(vocab_size=vocab, max_rows=plan_rows, max_top=max_top, history_stride=t.history.shape[1])
+        launches = h.sample_launches(buffer, step, **sizes)
         if steps > 1:
-            launches += step_advance.launches(step, block_size=16, max_rows=plan_rows)
-            launches[-1].barrier = True
+            launches += h.step_advance_launches(step, block_size=16, max_rows=plan_rows)
+            launches[0].barrier = launches[-1].barrier = True
         plan = h.device.create_plan(launches, plan_rows, plan_rows)
         plan.wait(plan.run(steps))
         plan.close()

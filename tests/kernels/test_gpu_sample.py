@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 import samples
 from gpu_harness import GpuHarness
-from gpu_samples import draw, run
 from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from samples import NO_TOP, NOTHING, SAMPLED, assert_same, supports, tables
+from samples import NO_TOP, NOTHING, SAMPLED, assert_same, draw, run, supports, tables
 from test_sample import COUNTERS, FILTERS, MANY, PROCESSES, philox, random_logits, random_parameters
 
 from metalstep.kernels import params, sample

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import samples
 from gpu_harness import GpuHarness
-from gpu_samples import draw, draw_many
 from harness import Harness
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from samples import supports
+from samples import draw, draw_many, supports
 from test_sample_draws import ALL, OFF, SOME, assert_frequencies
 
 from metalstep.kernels import sample

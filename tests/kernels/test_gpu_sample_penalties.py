@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 import samples
 from gpu_harness import GpuHarness
-from gpu_samples import draw, run
 from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from samples import STRIDE, assert_same, tables
+from samples import STRIDE, assert_same, draw, run, tables
 from test_sample_penalties import PENALTIES, SIZES, occurrences
 
 from metalstep.kernels import params, sample
