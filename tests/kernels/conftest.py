@@ -1,5 +1,6 @@
-"""Host devices that the tests of a file share."""
+"""Devices that the tests of a file share."""
 import pytest
+from gpu_harness import GpuHarness
 from harness import Harness
 
 
@@ -16,3 +17,17 @@ def by_threads():
 def h(by_threads):
     """The device of two threads."""
     return by_threads[2]
+
+
+@pytest.fixture(scope="module")
+def g():
+    """A GPU: the Mac's own, or simulated Metal."""
+    with GpuHarness() as harness:
+        yield harness
+
+
+@pytest.fixture(scope="module")
+def host():
+    """The host device, on one thread, to compare a GPU with."""
+    with Harness(1) as harness:
+        yield harness

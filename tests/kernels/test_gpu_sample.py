@@ -8,8 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import samples
-from gpu_harness import GpuHarness
-from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from samples import NO_TOP, NOTHING, SAMPLED, assert_same, draw, run, supports, tables
@@ -25,18 +23,6 @@ VOCABULARIES = [1, 2, 7, 33, 97, 511, 513, 1000, 2047, 2049, 5000]  # blocks of 
 # its unit in the last place, and so does the logarithm of the sum, at most that of the vocabulary's size.
 LOGPROB = dict(rtol=2e-6, atol=1.2e-6)
 TEMPERATURES = [0.0, 0.01, 0.7, 1.0, 30.0]
-
-
-@pytest.fixture(scope="module")
-def g():
-    with GpuHarness() as harness:
-        yield harness
-
-
-@pytest.fixture(scope="module")
-def host():
-    with Harness(1) as harness:
-        yield harness
 
 
 # ---- the random numbers -------------------------------------------------------------------------------------------------

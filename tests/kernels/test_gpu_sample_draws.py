@@ -4,8 +4,6 @@ fixed: each test gives the same counts always.
 import numpy as np
 import pytest
 import samples
-from gpu_harness import GpuHarness
-from harness import Harness
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import draw, draw_many, supports
@@ -13,18 +11,6 @@ from test_sample_draws import ALL, OFF, SOME, assert_frequencies
 
 from metalstep.kernels import sample
 from metalstep.kernels.sample import Parameters
-
-
-@pytest.fixture(scope="module")
-def g():
-    with GpuHarness() as harness:
-        yield harness
-
-
-@pytest.fixture(scope="module")
-def host():
-    with Harness(1) as harness:
-        yield harness
 
 
 @pytest.mark.parametrize(("first", "temperature"), [(False, 0.5), (True, 1.7)], ids=["mlx", "vllm"])

@@ -4,8 +4,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import samples
-from gpu_harness import GpuHarness
-from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from samples import STRIDE, assert_same, draw, run, tables
@@ -15,18 +13,6 @@ from metalstep.kernels import params, sample
 from metalstep.kernels.sample import Parameters
 
 CLOSE = dict(rtol=2e-7, atol=4e-6)  # four roundings, as test_gpu_sample.py has them, of logits that are twice as large
-
-
-@pytest.fixture(scope="module")
-def g():
-    with GpuHarness() as harness:
-        yield harness
-
-
-@pytest.fixture(scope="module")
-def host():
-    with Harness(1) as harness:
-        yield harness
 
 
 @given(

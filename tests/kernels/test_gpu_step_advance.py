@@ -3,18 +3,11 @@ from dataclasses import replace
 
 import pytest
 import step_advances
-from gpu_harness import GpuHarness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from samples import STEP
 
 from metalstep.kernels.gpu import step_advance
-
-
-@pytest.fixture(scope="module")
-def g():
-    with GpuHarness() as harness:
-        yield harness
 
 
 @given(
