@@ -389,6 +389,22 @@ enum ms_step_advance_slot {
   MS_ADVANCE_GROUPS = 8,        // per group: block tables, then slot mapping
 };
 
+// ---- step_load: the next step's arrays, which the host has staged while this step ran ----------------------------------------
+// Word w of the region becomes word w of the stage. Where it is a token (its place i = w - tokens_first is below max_tokens) and
+// sources[i] is 0 or more, it becomes the token of that result instead, or 0 if the result is not OK: the step before has sampled
+// it, and the host has not seen it. The region, the stage and the results do not overlap; sources lie within the results.
+typedef struct {
+  uint32_t words;         // of the region: arrays of four-byte elements, one behind the other
+  uint32_t tokens_first;  // the region's first token
+  uint32_t max_tokens;    // tokens_first + max_tokens <= words
+} MSStepLoadParams;
+
+enum ms_step_load_slot {
+  MS_LOAD_STAGE = 0,    // int32 [words + max_tokens]: the region's new content, then sources, each negative or an index of a result
+  MS_LOAD_SAMPLED = 1,  // MSSampled [steps of a run * max_rows]: the results of the run before
+  MS_LOAD_REGION = 2,   // int32 [words]
+};
+
 // ---- add_rms_norm -------------------------------------------------------------------------------------------------------
 typedef struct {
   uint32_t hidden_size;

@@ -12,7 +12,7 @@ from metalstep.bench.kernel_inputs import CaseInputs
 from metalstep.bench.machine import SIMULATED, machine
 from metalstep.bench.statistics import summary
 from metalstep.chips import Chip
-from metalstep.kernels.gpu import attention, linear, row_program, sample, step_advance
+from metalstep.kernels.gpu import attention, linear, row_program, sample, step_advance, step_load
 from metalstep.kernels.gpu.bench_case import BenchCase, BenchSizes
 from metalstep.kernels.launch import Launch
 from metalstep.kernels.native import NativeDevice, NativePlan
@@ -27,6 +27,7 @@ OPS: dict[str, Callable[[BenchSizes], list[BenchCase]]] = {
     "row_program": row_program.bench_cases,
     "sample": sample.bench_cases,
     "step_advance": step_advance.bench_cases,
+    "step_load": step_load.bench_cases,
 }
 TINY = "tiny"  # a shape of no model, for the simulator
 TINY_CONFIG = dict(

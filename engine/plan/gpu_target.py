@@ -8,7 +8,7 @@ import mlx.core as mx
 
 from metalstep.capture.passes import Fusion
 from metalstep.checkpoint import Tensor
-from metalstep.kernels.gpu import attention, linear, row_program, sample, step_advance
+from metalstep.kernels.gpu import attention, linear, row_program, sample, step_advance, step_load
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import Input, Segment
 from metalstep.kernels.native import NativeDevice
@@ -96,3 +96,6 @@ class GpuTarget:
 
     def step_advance(self, step: StepBuffers, **options: int) -> list[Launch]:
         return step_advance.launches(step, **options)
+
+    def step_load(self, stage: Buffer, sampled: Buffer, region: Buffer, **sizes: int) -> list[Launch]:
+        return step_load.launches(stage, sampled, region, **sizes)

@@ -146,6 +146,7 @@ int main(int argc, char **argv) {
       try_attention(isa);
       try_sample(isa);
       try_step_advance(isa);
+      try_step_load(isa);
       try_add_rms_norm(isa);
       try_broken_constants(isa);
     }

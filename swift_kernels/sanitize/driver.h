@@ -39,6 +39,7 @@ void try_linear(int32_t isa);
 void try_attention(int32_t isa);
 void try_sample(int32_t isa);
 void try_step_advance(int32_t isa);
+void try_step_load(int32_t isa);
 void try_add_rms_norm(int32_t isa);
 // Constants with a random word changed: refused, or run (where no buffer depends on the change).
 void try_broken_constants(int32_t isa);

@@ -1,4 +1,4 @@
-// Random launches of sample and step_advance.
+// Random launches of sample, step_advance and step_load.
 #include <math.h>
 #include <string.h>
 #include "driver.h"
@@ -187,6 +187,28 @@ void try_step_advance(int32_t isa) {
       if (slots[i] < -1 || slots[i] >= (int32_t)(8 * block)) fail("a slot that no block has", &l);
       if (!step.advance && slots[i] != 0) fail("it advanced", &l);
     }
+  }
+  launch_free(&l);
+}
+
+void try_step_load(int32_t isa) {
+  const uint32_t words = 1 + random_below(200), first = random_below(words), tokens = random_below(words - first + 1),
+                 results = 1 + random_below(9);
+  launch l = {.kernel = "step_load", .rows = 1, .grid = {1, 1, 1}};
+  int32_t *stage = launch_bind(&l, NULL, (uint64_t)(words + tokens) * sizeof *stage);
+  for (uint32_t i = 0; i < words + tokens; ++i) stage[i] = (int32_t)random_below(i < words ? 1000 : results + 1) - 1;
+  MSSampled *sampled = launch_bind(&l, NULL, results * sizeof *sampled);
+  for (uint32_t i = 0; i < results; ++i)
+    sampled[i] = (MSSampled){1000 + (int32_t)random_below(99), -1, 1, random_below(3)};
+  const int32_t *region = launch_bind(&l, NULL, words * sizeof *region);
+  const MSStepLoadParams p = {words, first, tokens};
+  launch_constants(&l, &p, sizeof p);
+  launch_run_on_all(&l, isa, MS_LOAD_REGION, 0);
+  for (uint32_t i = 0; i < words; ++i) {
+    const int32_t source = i >= first && i < first + tokens ? stage[words + i - first] : -1;
+    if (source < 0 && region[i] != stage[i]) fail("a word is not the stage's", &l);
+    if (source >= 0 && region[i] != (sampled[source].status == MS_SAMPLE_OK ? sampled[source].token : 0))
+      fail("a token is not the result's", &l);
   }
   launch_free(&l);
 }

@@ -18,7 +18,7 @@ from metalstep.chips import find_chip
 from metalstep.cli import main as command
 from metalstep.cli.bench import main as bench_command
 from metalstep.cli.bench_kernels import CONTEXTS, ROWS, describe
-from metalstep.cli.parser import CommandError
+from metalstep.cli.errors import CommandError
 from metalstep.kernels import params
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.native import NativeDevice
@@ -92,7 +92,7 @@ def test_cases_are_of_the_kernels_that_plans_launch(rows):
         options = dict(rows=rows, context=1500, kv_dtype="float16")
         plan = paper_plan(_captured(shape), ShapeCheckpoint(shape).tensors, GpuTarget(batch_invariant=invariant), **options)
         planned |= {entry.launch.kernel for entry in plan.launches}
-    for case in bench.bench_cases(sizes, list(bench.OPS)):
+    for case in bench.bench_cases(sizes, [op for op in bench.OPS if op != "step_load"]):  # a plan of its own
         if case.case not in ("mixed", "embedding") and (case.case != "rms_norm" or rows > sizes.norm_rows):
             assert {launch.kernel for launch in case.launches(_paper(sizes))} <= planned, case.name
 
@@ -130,6 +130,11 @@ def test_a_case_does_what_is_measured_of_it(device, case):
         sampled = _records(device, step.sampled, "MSSampled", case.rows)
         assert (sampled["status"] == params.MS_SAMPLE_OK).all()
         assert (sampled["rank"] >= 1).all()
+    elif case.op == "step_load":
+        region, stage = (inputs._activations[name] for name in ("region", "stage"))
+        loaded, staged = (device.numpy(buffer, np.int32, (region.nbytes // 4,)) for buffer in (region, stage))
+        first = params.size("MSStep") // 4
+        assert (loaded[:first] == staged[:first]).all() and (loaded[first + case.rows :] == staged[first + case.rows :]).all()
     else:
         assert (positions == start + 2).all()
         inputs.rewind()
@@ -219,7 +224,7 @@ def test_the_simulator_leaves_large_cases_out_unless_they_are_named(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--op", "linear,conv"], "--op: no op 'conv', expected one of linear, attention, row_program, sample, step_advance"),
+        (["--op", "linear,conv"], "--op: no op 'conv', expected one of linear, attention, row_program, sample, step_advance, step_load"),
         (["--shape", "gpt-5"], "shape is 'gpt-5', expected one of tiny, qwen2.5-0.5b"),
         (["--case", "linear-qkv-3rows"], "--case: no case 'linear-qkv-3rows' among linear-qkv-1rows, "),
         (["--rows", "1,0"], "argument --rows: '0' is not an integer above 0"),

@@ -7,7 +7,7 @@ import numpy as np
 from harness import Harness
 
 from metalstep.kernels import params
-from metalstep.kernels.gpu import sample, step_advance
+from metalstep.kernels.gpu import sample, step_advance, step_load
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import PackedWeight
 from metalstep.kernels.step import StepBuffers
@@ -28,6 +28,9 @@ class GpuHarness(Harness):
 
     def step_advance_launches(self, step: StepBuffers, **sizes: int) -> list[Launch]:
         return step_advance.launches(step, **sizes)
+
+    def step_load_launches(self, stage: Buffer, sampled: Buffer, region: Buffer, **sizes: int) -> list[Launch]:
+        return step_load.launches(stage, sampled, region, **sizes)
 
     def pack(self, weight: np.ndarray, *, bits: int, group_size: int, dtype: int, n: int, k: int, **pointers: np.ndarray) -> PackedWeight:
         """`weight` (uint32 words, or dense elements as stored) with its scales and biases, each a buffer."""

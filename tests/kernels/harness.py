@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from metalstep.kernels import params, sample, step_advance
+from metalstep.kernels import params, sample, step_advance, step_load
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import PackedWeight
 from metalstep.kernels.native import NativeDevice
@@ -97,6 +97,9 @@ class Harness:
 
     def step_advance_launches(self, step: StepBuffers, **sizes: int) -> list[Launch]:
         return step_advance.launches(step, **sizes)
+
+    def step_load_launches(self, stage: Buffer, sampled: Buffer, region: Buffer, **sizes: int) -> list[Launch]:
+        return step_load.launches(stage, sampled, region, **sizes)
 
     def pack(self, weight: np.ndarray, *, bits: int, group_size: int, dtype: int, n: int, k: int, **pointers: np.ndarray) -> PackedWeight:
         """`weight` (uint32 words, or dense elements as stored) as panels; pointers: scales and biases."""

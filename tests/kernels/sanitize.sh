@@ -10,7 +10,7 @@ shift
 clang=$(command -v "${METALSTEP_CLANG:-clang++}")
 tests="tests/kernels/test_gpu_linear_epilogue.py tests/kernels/test_gpu_attention.py tests/kernels/test_gpu_attention_inside.py \
 tests/kernels/test_gpu_row_program_ops.py tests/kernels/test_gpu_embedding.py tests/kernels/test_gpu_sample.py \
-tests/kernels/test_gpu_step_advance.py"
+tests/kernels/test_gpu_step_advance.py tests/kernels/test_gpu_step_load.py"
 # What fast mathematics does not promise: exact rounding, equal bits, NaN and infinity.
 exact="embedding or row_program_ops or bits or later_positions"
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from itertools import count, product
 
 from metalstep.kernels import params
-from metalstep.kernels.gpu import attention, library, linear, sample, step_advance
+from metalstep.kernels.gpu import attention, library, linear, sample, step_advance, step_load
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import Input, Norm, PackedWeight, Segment, first_buffer_slot
 from metalstep.kernels.program import Program
@@ -76,6 +76,7 @@ def sampler_launches(vocab_size: int) -> list[Launch]:
     return [
         *sample.launches(buffer(2, vocab_size), step, workspace=workspace, **options),
         *step_advance.launches(step, block_size=16, max_rows=2),
+        *step_load.launches(buffer(80), step.sampled, buffer(64), words=64, tokens_first=6, max_tokens=16),
     ]
 
 

@@ -25,6 +25,7 @@ static const ms_host_kernel kernels[] = {
     {"attention", MS_SETS(ms_attention), ms_attention_prepare},
     {"sample", MS_SETS(ms_sample), ms_sample_prepare},
     {"step_advance", MS_SETS(ms_step_advance), ms_step_advance_prepare},
+    {"step_load", MS_SETS(ms_step_load), ms_step_load_prepare},
     {"add_rms_norm", MS_SETS(ms_add_rms_norm), ms_add_rms_norm_prepare},
 };
 static const char *const isa_names[MS_ISA_COUNT] = {"portable", "neon", "avx2", "avx512"};

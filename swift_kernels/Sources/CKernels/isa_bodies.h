@@ -14,4 +14,5 @@
 #include "sample_filter_body.h"
 #include "sample_body.h"
 #include "step_advance_body.h"
+#include "step_load_body.h"
 #include "add_rms_norm_body.h"

@@ -11,6 +11,7 @@ MS_PREPARE(row_program);
 MS_PREPARE(attention);
 MS_PREPARE(sample);
 MS_PREPARE(step_advance);
+MS_PREPARE(step_load);
 MS_PREPARE(add_rms_norm);
 
 #endif
