@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -50,20 +50,34 @@ class CacheGroup:
 class PagedKVCache:
     """Planes for the layers of `groups`, num_blocks[i] blocks for each layer of the i-th group.
 
-    dtype: float16, bfloat16 or float32. keys_by_token: how the device wants key planes, see Target. Memory is committed when a block
-    is first written. Which blocks are whose is not known here.
+    dtype: float16, bfloat16 or float32. keys_by_token: how the device wants key planes, see Target. one_pool: block numbers are unique
+    over all groups, whose layers share planes then (the first of each group has one pair, the second another). Memory is committed when
+    a block is first written. Which blocks are whose is not known here.
     """
 
     def __init__(
-        self, device: NativeDevice, groups: list[CacheGroup], num_blocks: list[int], dtype: str, *, keys_by_token: bool = False
+        self,
+        device: NativeDevice,
+        groups: list[CacheGroup],
+        num_blocks: list[int],
+        dtype: str,
+        *,
+        keys_by_token: bool = False,
+        one_pool: bool = False,
     ):
         code, stored = DTYPES[dtype]
         self.groups = groups
         self.dtype = dtype
         self.planes: dict[object, KVPlanes] = {}
         self._views: dict[object, tuple[np.ndarray, np.ndarray]] = {}
+        made: dict[tuple[LayerShape, int], object] = {}  # shape, place in its group: the layer whose planes they are
         for index, (group, count) in enumerate(zip(groups, num_blocks, strict=True)):
-            for layer, shape in group.layers.items():
+            for place, (layer, shape) in enumerate(group.layers.items()):
+                owner = made.setdefault((shape, place), layer) if one_pool else layer
+                if owner != layer:
+                    self.planes[layer] = replace(self.planes[owner], group=index)
+                    self._views[layer] = self._views[owner]
+                    continue
                 k_axes = (BLOCK_SIZE, shape.key_dim) if keys_by_token else (shape.key_dim, BLOCK_SIZE)
                 k_shape = (count, shape.heads, *k_axes)
                 v_shape = (count, shape.heads, BLOCK_SIZE, shape.value_dim)

@@ -162,31 +162,12 @@ def load(
     """
     if adapter_path is not None:
         raise NotImplementedError("adapter_path is not supported; fuse the adapter with `mlx_lm.fuse` and load the result")
-    for name, value, known in (
-        ("device", device, (None, *DEVICES)),
-        ("arithmetic", arithmetic, tuple(ARITHMETIC)),
-        ("kv_dtype", kv_dtype, tuple(KV_DTYPES)),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(str(x) for x in known)}")
+    if kv_dtype not in tuple(KV_DTYPES):
+        raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
     device = device or DEFAULT_DEVICE
-    if not isinstance(batch_invariant, bool):
-        raise ValueError(f"batch_invariant is {batch_invariant!r:.80}, expected True or False")
-    if device == "eager":
-        for name, given in (("batch_invariant", batch_invariant or None), ("threads", threads), ("kv_memory", kv_memory)):
-            if given is not None:
-                raise ValueError(f"{name} is {given!r} on eager, which is mlx-lm's own; it is an option of the devices that run natively")
-    target: Target | None = None
-    if device == "host":
-        target = HostTarget(arithmetic)
-    elif device != "eager":
-        if arithmetic != "int16":
-            raise ValueError(f"arithmetic is {arithmetic!r} on {device}, which computes in float32; it is an option of the host device")
-        if threads is not None:
-            raise ValueError(f"threads is {threads} on {device}; it is an option of the host device")
-        from metalstep.plan.gpu_target import GpuTarget
-
-        target = GpuTarget(batch_invariant=batch_invariant)
+    if device == "eager" and kv_memory is not None:
+        raise ValueError(f"kv_memory is {kv_memory!r} on eager, which is mlx-lm's own; it is an option of the devices that run natively")
+    target = make_target(device, threads=threads, arithmetic=arithmetic, batch_invariant=batch_invariant)
     checkpoint = open_checkpoint(path_or_hf_repo)
     try:
         checkpoint.config.update(model_config or {})
@@ -207,6 +188,30 @@ def load(
         raise
 
 
+def make_target(device: str, *, threads: int | None, arithmetic: str, batch_invariant: bool) -> Target | None:
+    """What `device` asks for; None for eager. The options are `load`'s. Raises: ValueError for one that does not fit."""
+    if device not in DEVICES:
+        raise ValueError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
+    if arithmetic not in tuple(ARITHMETIC):
+        raise ValueError(f"arithmetic is {arithmetic!r}, expected one of {', '.join(ARITHMETIC)}")
+    if not isinstance(batch_invariant, bool):
+        raise ValueError(f"batch_invariant is {batch_invariant!r:.80}, expected True or False")
+    if device == "eager":
+        for name, given in (("batch_invariant", batch_invariant or None), ("threads", threads)):
+            if given is not None:
+                raise ValueError(f"{name} is {given!r} on eager, which is mlx-lm's own; it is an option of the devices that run natively")
+        return None
+    if device == "host":
+        return HostTarget(arithmetic)
+    if arithmetic != "int16":
+        raise ValueError(f"arithmetic is {arithmetic!r} on {device}, which computes in float32; it is an option of the host device")
+    if threads is not None:
+        raise ValueError(f"threads is {threads} on {device}; it is an option of the host device")
+    from metalstep.plan.gpu_target import GpuTarget
+
+    return GpuTarget(batch_invariant=batch_invariant)
+
+
 def eager_dtype() -> mx.Dtype | None:
     """Of floats that MLX computes with: None, the checkpoint's own, except on the CPU, where half-precision matmuls take seconds per
     token and are inaccurate."""
@@ -222,34 +227,37 @@ def _native(
     strict: bool,
     options: dict[str, Any],
 ) -> tuple[NativeModel | None, str | None]:
-    """The native model, or None and why not (after one warning). options: NativeModel's."""
+    """The native model, or None and why not (after one warning). options: of NativeModel.allocate_memory."""
     try:
         device = NativeDevice.open(device_name, threads or 0)
     except NativeUnavailable as error:
-        if strict or device_name == "metal-sim":  # who asks for the simulator wants nothing else
-            raise
-        warnings.warn(f"{error}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)
-        return None, str(error)
+        return None, why_eager(error, device_name, "", strict=strict)
+    model_type = checkpoint.config.get("model_type", "the model")
     try:
-        captured = capture(skeleton, checkpoint.config.get("model_type", ""))
-        native = NativeModel(captured, checkpoint, device, target, **options)
+        native = NativeModel(capture(skeleton, model_type), checkpoint, device, target)
+        native.allocate_memory(**options)
         native.warmup()
         return native, None
-    except CaptureError as error:
+    except (CaptureError, KernelError) as error:
         device.close()
-        model_type = checkpoint.config.get("model_type", "the model")
-        text = str(error) if str(error).startswith(model_type) else f"{model_type} has no native step yet: {error}"
-        if strict:
-            raise CaptureError(f"{text}; load it without strict=True to run it through eager MLX") from error
-        warnings.warn(f"{text}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)
-        return None, text
-    except KernelError as error:
-        device.close()
-        if strict or device_name == "metal-sim":
-            raise
-        text = f"the compiler of {device_name} does not take a kernel of metalstep, which is a bug to report: {error}"
-        warnings.warn(f"{text}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=3)
-        return None, text
+        return None, why_eager(error, device_name, model_type, strict=strict)
     except BaseException:
         device.close()
         raise
+
+
+def why_eager(error: NativeUnavailable | CaptureError | KernelError, device: str, model_type: str, *, strict: bool) -> str:
+    """The reason to run through eager MLX, after one warning. Raises: the error with strict, and where eager MLX is no answer to it."""
+    # Who asks for the simulator wants nothing else.
+    if isinstance(error, CaptureError):
+        text = str(error) if str(error).startswith(model_type) else f"{model_type} has no native step yet: {error}"
+        if strict:
+            raise CaptureError(f"{text}; load it without strict=True to run it through eager MLX") from error
+    elif strict or device == "metal-sim":
+        raise error
+    elif isinstance(error, KernelError):
+        text = f"the compiler of {device} does not take a kernel of metalstep, which is a bug to report: {error}"
+    else:
+        text = str(error)
+    warnings.warn(f"{text}\nRunning through eager MLX, which is slower.", RuntimeWarning, stacklevel=4)
+    return text

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -12,12 +13,12 @@ from metalstep.capture.passes.kinds import row_size
 from metalstep.checkpoint import Checkpoint
 from metalstep.explain import explain_plan
 from metalstep.kernels.native import NativeDevice
-from metalstep.kv_cache import BLOCK_SIZE, DTYPES, PagedKVCache, cache_capacity, cache_groups
+from metalstep.kv_cache import BLOCK_SIZE, DTYPES, CacheGroup, PagedKVCache, cache_capacity, cache_groups
 from metalstep.memory_size import memory_size
 from metalstep.plan.lower import lower
 from metalstep.plan.plan import Plan
 from metalstep.plan.request_slots import RequestSlots
-from metalstep.plan.step_arrays import StepArrays, StepSizes
+from metalstep.plan.step_arrays import StepArrays, StepSizes, StepStage
 from metalstep.plan.step_memory import StepMemory
 from metalstep.plan.target import PlanShape, Target
 from metalstep.sampling import MAX_LOGPROBS
@@ -31,25 +32,20 @@ ANY_ROWS = (7, 5)  # tokens and sampled rows of a graph: a lowered graph's rows 
 
 
 class NativeModel:
-    """A captured model on `device`. One engine drives it (metalstep.engine): steps share the arrays.
+    """A captured model on `device`. One engine drives it (metalstep.engine, or step_session): steps share the arrays.
 
-    max_context: tokens of the longest sequence, at most the model's own limit; None takes that limit or what fits. kv_memory: of the
-    cache, see memory_size; None takes the target's part of the free memory, or what the longest sequences that can run at once need if
-    that is less. kv_dtype: float16, bfloat16 or float32. target: what the kind of device asks for.
-    Raises: CaptureError for an operation without a kernel; ValueError for an option.
+    It can run once `allocate` has been called. target: what the kind of device asks for.
+    Raises: CaptureError for a model without attention; ValueError for weights that do not fit the device or a bad config.
     """
 
-    def __init__(
-        self,
-        captured: CapturedModel,
-        checkpoint: Checkpoint,
-        device: NativeDevice,
-        target: Target,
-        *,
-        max_context: int | None = None,
-        kv_memory: int | float | str | None = None,
-        kv_dtype: str = "float16",
-    ):
+    cache: PagedKVCache
+    arrays: StepArrays
+    slots: RequestSlots
+    decode_plan: Plan
+    num_blocks: list[int]
+    max_context: int
+
+    def __init__(self, captured: CapturedModel, checkpoint: Checkpoint, device: NativeDevice, target: Target):
         self.device = device
         self.target = target
         self._captured = captured
@@ -59,25 +55,49 @@ class NativeModel:
         self._plans: dict[PlanShape, Plan] = {}
         self._memory = StepMemory(device)
         prepared = captured.prepare(lambda name: mx.array(checkpoint.tensors[name].numpy()))
-        left = self._memory_left(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
+        self.memory_left = self._memory_left(sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
         self.weights = target.weights(device, checkpoint.tensors, prepared)
         limit = checkpoint.config.get("max_position_embeddings")
         if limit is not None and not (isinstance(limit, int) and limit > 0):
             raise ValueError(f"the config's max_position_embeddings is {limit!r}, expected a positive integer")
         self.model_context = limit
-        self.cache = self._make_cache(max_context, kv_memory, kv_dtype, left)
+        self.groups = cache_groups(self._graph)
+        if not self.groups:
+            raise CaptureError("a model without attention layers, whose state is not a KV cache")
         self.vocab_size = row_size(self._graph.outputs[0])
+
+    def allocate(
+        self,
+        num_blocks: list[int],
+        *,
+        max_context: int,
+        kv_dtype: str,
+        max_seqs: int = MAX_SEQS,
+        groups: list[CacheGroup] | None = None,
+        one_pool: bool = False,
+    ) -> None:
+        """Make the cache, the step's arrays and the first plan. Once.
+
+        num_blocks: per group. max_context: tokens of the longest sequence. max_seqs: that run at once. groups: `groups`, divided
+        further; None: as they are. one_pool: see PagedKVCache.
+        Raises: CaptureError for an operation without a kernel; MemoryError.
+        """
+        self.groups = groups or self.groups
+        self.num_blocks, self.max_context = num_blocks, max_context
+        self.cache = PagedKVCache(
+            self.device, self.groups, num_blocks, kv_dtype, keys_by_token=self.target.keys_by_token, one_pool=one_pool
+        )
         self.arrays = StepArrays(
-            device,
+            self.device,
             StepSizes(
                 rows=PREFILL_ROWS,
                 results=MAX_RESULTS,
-                seqs=MAX_SEQS,
+                seqs=max_seqs,
                 steps=MAX_STEPS,
                 top=MAX_LOGPROBS,
-                groups=len(self.cache.groups),
+                groups=len(self.groups),
                 block_size=BLOCK_SIZE,
-                context=self.max_context,
+                context=max_context,
                 vocab_size=self.vocab_size,
                 hidden_size=embedding_size(self._graph),
             ),
@@ -94,10 +114,16 @@ class NativeModel:
             )
         return limit - weight_bytes if limit else None
 
-    def _make_cache(
-        self, max_context: int | None, kv_memory: int | float | str | None, kv_dtype: str, left: int | None
-    ) -> PagedKVCache:
-        """left: bytes of the device's memory beside the weights, where it has a limit."""
+    def allocate_memory(
+        self, *, max_context: int | None = None, kv_memory: int | float | str | None = None, kv_dtype: str = "float16"
+    ) -> None:
+        """`allocate` as many blocks as `kv_memory` holds.
+
+        max_context: at most the model's own limit; None takes that limit or what fits. kv_memory: see memory_size; None takes the
+        target's part of the free memory, or what the longest sequences that can run at once need if that is less. kv_dtype: float16,
+        bfloat16 or float32.
+        Raises: as `allocate`; ValueError for an option.
+        """
         if kv_dtype not in DTYPES:
             raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {sorted(DTYPES)}")
         if max_context is not None and (isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 <= max_context < 2**31):
@@ -105,23 +131,18 @@ class NativeModel:
         context = max_context or self.model_context or DEFAULT_CONTEXT
         if self.model_context and context > self.model_context:
             raise ValueError(f"max_context is {max_context}, expected at most the model's own limit of {self.model_context} tokens")
-        budget = memory_size("kv_memory", self.target.kv_memory if kv_memory is None else kv_memory, left)
-        groups = cache_groups(self._graph)
-        if not groups:
-            raise CaptureError("a model without attention layers, whose state is not a KV cache")
+        budget = memory_size("kv_memory", self.target.kv_memory if kv_memory is None else kv_memory, self.memory_left)
         capacity = cache_capacity(
-            groups, kv_dtype, budget=budget, context=context, max_seqs=MAX_SEQS, chunk=PREFILL_ROWS
+            self.groups, kv_dtype, budget=budget, context=context, max_seqs=MAX_SEQS, chunk=PREFILL_ROWS
         )
         need = context if max_context else min(context, BLOCK_SIZE)
         if capacity.tokens < need:
-            needed = need * sum(group.token_bytes(kv_dtype) for group in groups)
+            needed = need * sum(group.token_bytes(kv_dtype) for group in self.groups)
             raise ValueError(
                 f"a KV cache of {budget:,} bytes holds {capacity.tokens} tokens, expected room for {need} ({needed:,} bytes); load with a "
                 f"larger kv_memory{' or a smaller max_context' if max_context else ''}"
             )
-        self.num_blocks = capacity.num_blocks
-        self.max_context = min(context, capacity.tokens)
-        return PagedKVCache(self.device, groups, capacity.num_blocks, kv_dtype, keys_by_token=self.target.keys_by_token)
+        self.allocate(capacity.num_blocks, max_context=min(context, capacity.tokens), kv_dtype=kv_dtype)
 
     def plan(self, shape: PlanShape) -> Plan:
         """The plan for steps of this shape; made on first use."""
@@ -145,10 +166,17 @@ class NativeModel:
         """The device's plan for a step of so many rows. decode: each of another sequence; context: tokens of the longest."""
         return self.plan(self.target.plan_shape(rows, decode=decode, context=context))
 
-    def warmup(self, rows: int = 1) -> None:
-        """Make the plans that up to `rows` requests at once use, so that the first of them do not wait for a compiler."""
+    def warmup(self, rows: int = 1, stages: Sequence[StepStage] = ()) -> None:
+        """Make the plans that up to `rows` requests at once use, so that the first of them do not wait for a compiler.
+
+        stages: where the steps' inputs come from, where they do.
+        """
         for shape in self.target.warm_shapes(rows, self.max_context):
-            self.plan(shape)
+            plan = self.plan(shape)
+            try:
+                plan.compile(stages)
+            except ValueError as error:  # see _make_plan
+                raise CaptureError(str(error)) from error
 
     def check_open(self) -> None:
         """Raises: ValueError when the model is closed. For whoever holds the lock, so that it stays open meanwhile."""

@@ -128,16 +128,10 @@ class StepRunner:
             self._fill_grammar(running)
         if entry.wanted == 1 and entry.samples:
             return record
-        records: Records = np.repeat(record, entry.wanted)
         end = entry.first + entry.count
-        report = records[: entry.wanted - entry.samples]
-        report["target"] = sequence.tokens[end - entry.wanted + 1 : end + 1 - entry.samples]
-        report["top"] = running.request.sampling.prompt_logprobs or 0
-        report["state"] = -1
-        for name in ("mask", "grammar", "flags", "bias_count", "stop_count", "presence_penalty", "frequency_penalty"):
-            report[name] = 0
-        report["repetition_penalty"] = 1
-        return records
+        targets = sequence.tokens[end - entry.wanted + 1 : end + 1 - entry.samples]
+        report = self._slots.report(record, targets, running.request.sampling.prompt_logprobs or 0)
+        return np.concatenate([report, record]) if entry.samples else report
 
     def _fill_grammar(self, running: RunningRequest) -> None:
         grammar, row = running.request.grammar, self._slots.grammar_row(running.sequence.slot)

@@ -1,7 +1,9 @@
 """A plan on a device: launches resolved once, run on the step's arrays by one native call for one step or several."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 
 import numpy as np
 
@@ -9,7 +11,7 @@ from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.native import NativeDevice, NativePlan
 from metalstep.plan.logits import Logits, LogitsRing
 from metalstep.plan.lower import Lowered
-from metalstep.plan.step_arrays import StepArrays, StepBatch
+from metalstep.plan.step_arrays import StepArrays, StepBatch, StepStage
 from metalstep.plan.target import PlanShape
 
 
@@ -23,19 +25,65 @@ class Plan:
         self.shape = shape
         self.arrays = arrays
         self.launches = lowered.launches
+        self._device, self._lowered = device, lowered
+        self._of_stages: dict[tuple[str, StepStage], NativePlan] = {}
         self.arena_bytes = lowered.arena.nbytes
         self._memory = lowered.memory
-        launches = [entry.launch for entry in lowered.launches]
-        places = [lowered.logits]  # in the arena, where another step's values may overlap them
-        if shape.tokens == 1:
-            owners = [device.create_buffer(lowered.logits.nbytes) for _ in range(2)]
-            places = [replace(lowered.logits, handle=owner.handle, offset=0) for owner in owners]
-        self._native = [
-            device.create_plan(_rebound(launches, lowered.logits, place), shape.tokens, shape.sampled) for place in places
+
+    @cached_property
+    def _native(self) -> list[NativePlan]:
+        """The whole step, once per place of logits."""
+        launches, logits = [entry.launch for entry in self.launches], self._lowered.logits
+        return [
+            self._device.create_plan(_rebound(launches, logits, place), self.shape.tokens, self.shape.sampled) for place in self._places
         ]
-        rows = (shape.sampled, lowered.logits.shape[1])
-        lent = None if shape.tokens == 1 else self._memory.lent
-        self._ring = LogitsRing([device.numpy(place, np.float32, rows) for place in places], lent)
+
+    @cached_property
+    def _places(self) -> list[Buffer]:
+        logits = self._lowered.logits
+        if self.shape.tokens > 1:
+            return [logits]  # in the arena, where another step's values may overlap them
+        owners = [self._device.create_buffer(logits.nbytes) for _ in range(2)]
+        return [replace(logits, handle=owner.handle, offset=0) for owner in owners]
+
+    @cached_property
+    def _ring(self) -> LogitsRing:
+        rows = (self.shape.sampled, self._lowered.logits.shape[1])
+        lent = None if self.shape.tokens == 1 else self._memory.lent
+        return LogitsRing([self._device.numpy(place, np.float32, rows) for place in self._places], lent)
+
+    def whole(self, stage: StepStage) -> NativePlan:
+        """The step, with inputs from a stage. It makes no inputs of a next one."""
+        return self._staged("whole", stage)
+
+    def forward(self, stage: StepStage) -> NativePlan:
+        """The step up to its logits, for a step whose masks are known late; `sampler` does the rest."""
+        return self._staged("forward", stage)
+
+    @cached_property
+    def sampler(self) -> NativePlan:
+        """What is behind `forward`."""
+        return self._device.create_plan(self._launches(["sample"]), self.shape.tokens, self.shape.sampled)
+
+    def _staged(self, part: str, stage: StepStage) -> NativePlan:
+        key = (part, stage)
+        if key not in self._of_stages:
+            first, *others = [e.launch for e in self.launches if e.ops not in (["sample"], ["step_advance"])]
+            launches = [*stage.load, replace(first, barrier=True), *others]
+            if part == "whole":
+                launches += self._launches(["sample"])
+            self._of_stages[key] = self._device.create_plan(launches, self.shape.tokens, self.shape.sampled)
+        return self._of_stages[key]
+
+    def _launches(self, ops: list[str]) -> list[Launch]:
+        return [entry.launch for entry in self.launches if entry.ops == ops]
+
+    def compile(self, stages: Sequence[StepStage] = ()) -> None:
+        """Make what runs: the step that makes its own next inputs, or those of `stages`. Else the first run does."""
+        for stage in stages:
+            self.whole(stage)
+        if not stages:
+            self._native  # noqa: B018
 
     @property
     def logits(self) -> np.ndarray:
@@ -65,6 +113,11 @@ class Plan:
         native = self._prepare()
         native.wait(native.run(steps))
 
+    @property
+    def place_of_logits(self) -> np.ndarray:
+        """Where a step with inputs from a stage leaves its logits: float32 [max_sampled, vocab], valid until the next step of any plan."""
+        return self._device.numpy(self._lowered.logits, np.float32, (self.shape.sampled, self._lowered.logits.shape[1]))
+
     def profile(self) -> list[int]:
         """Nanoseconds of each launch in one step on what the arrays hold, barriers included."""
         return self._prepare().profile()
@@ -76,7 +129,8 @@ class Plan:
         return self._native[self._ring.advance()]
 
     def close(self) -> None:
-        for native in self._native:
+        made = self.__dict__
+        for native in [*made.get("_native", ()), *self._of_stages.values(), *filter(None, [made.get("sampler")])]:
             native.close()
 
 

@@ -75,6 +75,19 @@ class RequestSlots:
         """The row of `masks` for the grammar of the request in `slot`."""
         return self._arrays.sizes.seqs + slot
 
+    @staticmethod
+    def report(record: Records, targets: list[int], top: int) -> Records:
+        """Records of rows that sample nothing but report on a given next token each, under the model's own distribution.
+
+        record: the request's, shape (1,). targets: token ids, one per row. top: most likely tokens wanted.
+        """
+        records: Records = np.repeat(record, len(targets))
+        records["target"], records["top"], records["state"] = targets, top, -1
+        for name in ("mask", "grammar", "flags", "bias_count", "stop_count", "presence_penalty", "frequency_penalty"):
+            records[name] = 0
+        records["repetition_penalty"] = 1
+        return records
+
     def _count(self, slot: int, tokens: list[int], num_prompt: int) -> None:
         known = np.asarray(tokens, np.int32)
         self._arrays.history[slot, : len(known)] = known

@@ -1,0 +1,181 @@
+"""A model for a server that schedules its steps itself: loaded, then given the cache that the server has planned, then stepped."""
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+
+from metalstep.capture import CapturedModel, CaptureError, capture
+from metalstep.checkpoint import build_model, load_weights_eager, open_checkpoint
+from metalstep.eager_forward import cache_dtype, cache_groups, eager_session
+from metalstep.kernels.native import KernelError, NativeDevice
+from metalstep.kv_cache import BLOCK_SIZE, DTYPES, CacheGroup
+from metalstep.memory_size import free_memory
+from metalstep.model import DEFAULT_DEVICE, eager_dtype, make_target, why_eager
+from metalstep.native_model import MAX_SEQS, NativeModel
+from metalstep.plan.paper import paper_plan
+from metalstep.plan.target import Target
+from metalstep.step_session import NativeForward, StepSession
+
+
+class ServedModel:
+    """groups: of layers that share block tables. fallback_reason: why it runs through eager MLX, which keeps caches of its own, or None.
+
+    Blocks are numbered over all groups, 0 is nobody's. After `allocate`, `session` takes steps. Close it to give the memory back.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        arithmetic: str = "int16",
+        kv_dtype: str = "float16",
+        batch_invariant: bool = False,
+        strict: bool = False,
+    ):
+        """The options are `metalstep.load`'s, as are the errors, except that the launcher is needed in any case: it samples.
+
+        kv_dtype: of a native cache; eager MLX keeps what it computes with, and so does the attribute then.
+        """
+        self.device_name = device or DEFAULT_DEVICE
+        if kv_dtype not in tuple(DTYPES):
+            raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(DTYPES)}")
+        self.kv_dtype = kv_dtype
+        self._threads = threads or 0
+        self._strict = strict
+        target = make_target(self.device_name, threads=threads, arithmetic=arithmetic, batch_invariant=batch_invariant)
+        self.session: StepSession | None = None
+        self._native: NativeModel | None = None
+        self.fallback_reason: str | None = "device='eager' was asked for"
+        self._checkpoint = open_checkpoint(source)
+        device_opened: NativeDevice | None = None
+        try:
+            self._skeleton = build_model(self._checkpoint)
+            if target is not None:
+                captured = capture(self._skeleton, self.model_type)
+                device_opened = NativeDevice.open(self.device_name, self._threads)
+                self._check_plan(captured, target)
+                self._native = NativeModel(captured, self._checkpoint, device_opened, target)
+                self.fallback_reason = None
+            else:
+                self.kv_dtype = cache_dtype(self._skeleton, eager_dtype())
+        except (CaptureError, KernelError) as error:
+            self._fall_back(error, device_opened)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def model_type(self) -> str:
+        return str(self._checkpoint.config.get("model_type", "the model"))
+
+    @property
+    def native(self) -> bool:
+        """Whether steps are native. What has no kernel is known from the start, what a device's compiler refuses after `allocate`."""
+        return self._native is not None
+
+    @property
+    def groups(self) -> list[CacheGroup]:
+        if self._native is not None:
+            return self._native.groups
+        return cache_groups(self._skeleton)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self._checkpoint.file_bytes
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return sum(group.token_bytes(self.kv_dtype) for group in self.groups)
+
+    def kv_memory(self) -> int:
+        """Bytes for a KV cache when nobody says: the part of the free memory that `metalstep.load` takes too."""
+        if self._native is None:
+            return free_memory() // 4
+        left = self._native.memory_left
+        free = free_memory() - self.weight_bytes
+        return int((free if left is None else min(free, left)) * self._native.target.kv_memory)
+
+    def allocate(self, num_blocks: int, *, max_context: int, max_seqs: int, groups: Sequence[CacheGroup] | None = None) -> StepSession:
+        """Make the cache and what runs on it: once.
+
+        num_blocks: of BLOCK_SIZE tokens, numbered over all groups. max_context: tokens of the longest sequence. max_seqs: that run at
+        once. groups: as the server divides the layers; None: as `groups` has them.
+        Raises: MemoryError; RuntimeError with the device's text; with `strict`, what keeps a model from running natively.
+        """
+        if self._native is not None:
+            native = self._native
+            parts = list(groups or native.groups)
+            try:
+                native.allocate(
+                    [num_blocks] * len(parts),
+                    max_context=max_context,
+                    kv_dtype=self.kv_dtype,
+                    max_seqs=max_seqs,
+                    groups=parts,
+                    one_pool=True,
+                )
+                session = StepSession(native.device, native.arrays, native.slots, NativeForward(native), native.target.step_load)
+                native.warmup(min(max_seqs, MAX_SEQS), session.stages)
+            except (CaptureError, KernelError) as error:
+                self._native = None
+                self._fall_back(error, native.device)
+            else:
+                self.session = session
+                return session
+        load_weights_eager(self._skeleton, self._checkpoint, eager_dtype())
+        self.session = eager_session(
+            self._skeleton,
+            self._checkpoint.config,
+            max_context=max_context,
+            max_seqs=max_seqs,
+            groups=len(groups or self.groups),
+            threads=self._threads,
+        )
+        return self.session
+
+    def facts(self) -> Mapping[str, object]:
+        """For a server's log: how the model runs."""
+        if self._native is None:
+            return {"device": "eager", "reason": self.fallback_reason}
+        info = self._native.device.info
+        return {
+            "device": info.name,
+            **({"isa": info.isa, "threads": info.threads} if info.isa else {}),
+            "launches_per_step": len(self._native.decode_plan.launches),
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            **self._native.target.facts(),
+        }
+
+    def close(self) -> None:
+        if self.session is not None:
+            self.session.close()
+            self.session = None
+        if self._native is not None:
+            self._native.close()
+            self._native = None
+        self._checkpoint.close()
+
+    def _check_plan(self, captured: CapturedModel, target: Target) -> None:
+        """Plan a step on paper: a server sizes its cache before there are plans, and eager caches have other groups and bytes.
+
+        Raises: CaptureError for what has no kernel.
+        """
+        try:
+            paper_plan(captured, self._checkpoint.tensors, target, rows=1, context=BLOCK_SIZE, kv_dtype=self.kv_dtype)
+        except ValueError as error:  # the model's sizes
+            raise CaptureError(str(error)) from error
+
+    def _fall_back(self, error: CaptureError | KernelError, device: NativeDevice | None) -> None:
+        if device is not None:
+            device.close()
+        try:
+            self.fallback_reason = why_eager(error, self.device_name, self.model_type, strict=self._strict)
+        except BaseException:
+            self._checkpoint.close()
+            raise
+        self.kv_dtype = cache_dtype(self._skeleton, eager_dtype())
+
+
+__all__ = ["BLOCK_SIZE", "CacheGroup", "ServedModel"]

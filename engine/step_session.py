@@ -1,0 +1,288 @@
+"""Steps that somebody else schedules, one ahead of the device: vLLM's scheduler asks for step N+1 before it has seen step N's tokens.
+
+A step has two halves, `begin` and `sample`. It is one native call in the second, or, where masks take time to compute, one in each, so that
+the device works meanwhile. A step's inputs wait in a stage until its turn; tokens that are not known yet are named by the place where the
+device leaves them.
+"""
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+
+from metalstep.kernels import step_load
+from metalstep.kernels.native import NativeDevice, NativePlan
+from metalstep.native_model import MAX_RESULTS, PREFILL_ROWS, NativeModel
+from metalstep.plan.request_slots import RequestSlots
+from metalstep.plan.step_arrays import Records, StepArrays, StepBatch, StepLoad, StepStage
+from metalstep.sampling import SamplingParams
+
+STAGES = 2  # steps that may be under way: one runs, one waits for it
+
+
+class Place:
+    """Where a step leaves the token that one of its rows samples; `token` knows it once the step has been collected."""
+
+    __slots__ = ("row", "step")
+
+    def __init__(self, step: SessionStep, row: int):
+        self.step = step
+        self.row = row
+
+    @property
+    def token(self) -> int | None:
+        """None while the host has not seen it."""
+        return None if self.step.sampled is None else int(self.step.sampled["token"][self.row])
+
+
+@dataclass(slots=True)
+class Span:
+    """Rows of one sequence in a step: the tokens at positions from `first` on.
+
+    slot: the sequence's. tokens: of the rows; where `last` is given, the last row's token is what lies there and its entry here any number.
+    wanted: rows that give results, counted from the span's first, ascending; records: their SAMPLING records, in that order.
+    """
+
+    slot: int
+    first: int
+    tokens: Sequence[int]
+    last: Place | None = None
+    wanted: Sequence[int] = ()
+    records: Sequence[Records] = ()
+
+
+@dataclass(slots=True, eq=False)
+class SessionStep:
+    """A step on its way. results: rows of all spans that give results, in order.
+
+    sampled and top: their results (MSSampled [results] and MSTopLogprob [results, 32]), logits: float32 [results, vocab] where they were
+    asked for; None until `collect`.
+    """
+
+    results: int
+    row: int  # of the arrays' sampled and top
+    keep_logits: bool
+    rest: NativePlan
+    logits_place: np.ndarray
+    ticket: int = 0
+    sampled: np.ndarray | None = None
+    top: np.ndarray | None = None
+    logits: np.ndarray | None = None
+
+
+@dataclass(slots=True)
+class StartedStep:
+    """What a Forward needs to know. rows: of all spans. decode: each is one row that is sampled. context: tokens of the longest sequence.
+    split: the device works before masks are known."""
+
+    stage: StepStage
+    spans: Sequence[Span]
+    rows: int
+    decode: bool
+    context: int
+    split: bool
+
+
+class Forward(Protocol):
+    """Computes a step's logits. The native step is one, mlx-lm's own graph another."""
+
+    def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, np.ndarray]:
+        """Begin; returns the plan that does the rest of the step, and where the logits of the rows that give results will lie.
+
+        Whoever runs anything runs the stage's `load` first: `session.load(step.stage)`, or as part of a plan.
+        """
+
+    def release(self, slot: int) -> None:
+        """The slot's sequence is gone; what it alone has may go too."""
+
+    def close(self) -> None:
+        """Give back what is the forward's own. No step is under way."""
+
+
+@dataclass
+class NativeForward:
+    """A captured model's plans."""
+
+    native: NativeModel
+
+    def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, np.ndarray]:
+        plan = self.native.plan_for(step.rows, decode=step.decode, context=step.context)
+        if not step.split:
+            return plan.whole(step.stage), plan.place_of_logits
+        plan.forward(step.stage).run()
+        return plan.sampler, plan.place_of_logits
+
+    def release(self, slot: int) -> None:
+        """Blocks are the scheduler's."""
+
+    def close(self) -> None:
+        """The model is its owner's."""
+
+
+@dataclass
+class StepSession:
+    """Steps on `device`, whose sequences live in slots of `arrays`. One thread uses it; another may `collect` what it has sampled."""
+
+    device: NativeDevice
+    arrays: StepArrays
+    slots: RequestSlots
+    forward: Forward
+    step_load: StepLoad = step_load.launches  # the device's
+    max_rows: int = PREFILL_ROWS  # of a step
+    max_results: int = MAX_RESULTS
+    _free: deque[int] = field(init=False)
+    _used: dict[int, SessionStep] = field(default_factory=dict)  # slot: the last step with rows of it
+    _under_way: deque[SessionStep] = field(default_factory=deque)
+    stages: list[StepStage] = field(init=False)
+    _loads: dict[StepStage, NativePlan] = field(default_factory=dict)
+    _stage_steps: list[SessionStep | None] = field(init=False)
+    _count: int = 0
+    _taking: threading.Lock = field(default_factory=threading.Lock)  # results of steps under way
+
+    def __post_init__(self) -> None:
+        self._free = deque(range(self.arrays.sizes.seqs))
+        self.stages = [self.arrays.stage(self.step_load) for _ in range(STAGES)]
+        self._stage_steps = [None] * STAGES
+
+    # ---- sequences ----------------------------------------------------------------------------------------------------------
+    def acquire(self) -> int:
+        """A slot that no step under way uses. Raises: ValueError when all are taken."""
+        if not self._free:
+            raise ValueError(f"{self.arrays.sizes.seqs} sequences run already; release one first")
+        for _ in range(len(self._free)):
+            slot = self._free.popleft()
+            step = self._used.get(slot)
+            if step is None or step.sampled is not None:
+                return slot
+            self._free.append(slot)
+        slot = self._free.popleft()
+        self.collect(self._used[slot])
+        return slot
+
+    def release(self, slot: int) -> None:
+        """The sequence is gone; steps under way may still have rows of it."""
+        self._free.append(slot)
+        self.forward.release(slot)
+
+    def fill(self, slot: int, sampling: SamplingParams, tokens: list[int], num_prompt: int, stop_ids: frozenset[int]) -> Records:
+        """What the device keeps for a sequence, see RequestSlots.fill. Returns its SAMPLING record, shape (1,)."""
+        self.arrays.sequences[slot] = (0, 0)
+        return self.slots.fill(slot, sampling, tokens, num_prompt, stop_ids)
+
+    def set_blocks(self, slot: int, group: int, first: int, blocks: Sequence[int]) -> None:
+        """Entries of a block table from `first` on. A step under way that reads the table does not look at new ones."""
+        self.arrays.block_tables[group, slot, first : first + len(blocks)] = blocks
+
+    def mask(self, slot: int) -> np.ndarray:
+        """The mask of a sequence's next token, uint32 [mask_words], for a record whose `grammar` is `mask_number`.
+
+        Written between `begin` and `sample`, when no earlier step samples this sequence any more.
+        """
+        return self.arrays.masks[self.slots.grammar_row(slot)]
+
+    def mask_number(self, slot: int) -> int:
+        """MSSampling.grammar for `mask`."""
+        return self.slots.grammar_row(slot) + 1
+
+    def load(self, stage: StepStage) -> None:
+        """Put a step's inputs in place, for a Forward whose plans do not."""
+        if stage not in self._loads:
+            self._loads[stage] = self.device.create_plan(stage.load, self.max_rows, self.max_results)
+        self._loads[stage].run()
+
+    # ---- steps --------------------------------------------------------------------------------------------------------------
+    def begin(self, spans: Sequence[Span], *, split: bool = False, keep_logits: bool = False) -> SessionStep:
+        """Begin a step of up to max_rows rows and max_results results, behind those that were begun before.
+
+        split: masks will take time; without it the device begins in `sample`.
+        Raises: ValueError for more; RuntimeError with the device's text.
+        """
+        index = self._count % STAGES
+        row = self._count % self.arrays.sizes.steps
+        self._count += 1
+        previous = self._stage_steps[index]
+        if previous is not None:
+            self.collect(previous)
+        with self._taking:
+            while self._under_way and self._under_way[0].row == row:
+                self._take()
+        stage = self.stages[index]
+        rows, decode, context = self._write(stage, spans)
+        stage.write_results_to(row)
+        rest, place = self.forward.start(self, StartedStep(stage, spans, rows, decode, context, split))
+        step = SessionStep(sum(len(span.wanted) for span in spans), row, keep_logits, rest, place)
+        self._stage_steps[index] = step
+        self._under_way.append(step)
+        for span in spans:
+            self._used[span.slot] = step
+        return step
+
+    def sample(self, step: SessionStep) -> None:
+        """Sample a step's rows; masks are in place. Before the next step begins."""
+        step.ticket = step.rest.run()
+        if step.keep_logits:
+            self.collect(step)
+
+    def collect(self, step: SessionStep) -> None:
+        """Wait for a step and those before it, and take its results. Any thread may."""
+        with self._taking:
+            while step.sampled is None:
+                self._take()
+
+    def settle(self) -> None:
+        """Wait for every step that was sampled."""
+        with self._taking:
+            while self._under_way and self._under_way[0].ticket:
+                self._take()
+
+    def _take(self) -> None:
+        """The oldest step's results. Whoever sees `sampled` sees the rest of them too."""
+        step = self._under_way[0]
+        step.rest.wait(step.ticket)
+        step.top = self.arrays.top[step.row, : step.results].copy()
+        if step.keep_logits:
+            step.logits = step.logits_place[: step.results].copy()
+        step.sampled = self.arrays.sampled[step.row, : step.results].copy()
+        self._under_way.popleft()
+
+    def close(self) -> None:
+        """Wait for what is under way and give the plans back."""
+        self.settle()
+        for load in self._loads.values():
+            load.close()
+        self.forward.close()
+
+    def _write(self, stage: StepStage, spans: Sequence[Span]) -> tuple[int, bool, int]:
+        """A step's inputs into a stage. Returns its rows, whether all are decodes, and the tokens of its longest sequence."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        seq_ids: list[int] = []
+        sampled_rows: list[int] = []
+        records: list[Records] = []
+        sources: list[tuple[int, int]] = []
+        context = 0
+        for span in spans:
+            row, count = len(tokens), len(span.tokens)
+            tokens += span.tokens
+            positions += range(span.first, span.first + count)
+            seq_ids += [span.slot] * count
+            context = max(context, span.first + count)
+            if span.last is not None:
+                known = span.last.token
+                if known is None:
+                    sources.append((row + count - 1, span.last.step.row * self.arrays.sizes.results + span.last.row))
+                else:
+                    tokens[-1] = known
+            sampled_rows += [row + place for place in span.wanted]
+            records += span.records
+        decode = len(tokens) == len(spans) == len(sampled_rows)
+        sampling = np.concatenate(records) if records else np.empty(0, self.arrays.sampling.dtype)
+        stage.write(StepBatch(tokens, positions, seq_ids, sampled_rows, sampling))
+        stage.sources[: len(tokens)] = -1
+        for row, source in sources:
+            stage.sources[row] = source
+        return len(tokens), decode, context

@@ -1,0 +1,221 @@
+"""Steps that a server schedules give, bit for bit, what the engine gives, however they are cut and whatever is under way."""
+from __future__ import annotations
+
+import queue
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
+
+import numpy as np
+import pytest
+from engines import CHOICES, TEXT, directory_of
+from families import VOCAB
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from metal_models import DEVICE
+from session_driver import Driver, outputs
+from workload import alone, answers, requests
+
+import metalstep
+from metalstep import Request, SamplingParams
+from metalstep.grammar import ChoiceGrammar
+from metalstep.kernels import params
+from metalstep.plan.gpu_target import GpuTarget
+from metalstep.served_model import ServedModel
+from metalstep.step_session import STAGES, Place, Span
+
+CONTEXT, SEQS, BLOCKS = 128, 3, 96
+FAMILIES_RUN = ["llama", "gemma3_text"]  # one group of layers, and two
+
+
+def session_of(directory, **options):
+    served = ServedModel(directory, strict=True, **options)
+    return served, served.allocate(BLOCKS, max_context=CONTEXT, max_seqs=SEQS)
+
+
+@pytest.fixture(scope="module", params=FAMILIES_RUN)
+def pair(request, tmp_path_factory):
+    """(engine, session) of the same weights on the host device."""
+    directory = directory_of(request.param, tmp_path_factory.mktemp(request.param))
+    model, _ = metalstep.load(directory, strict=True, max_context=CONTEXT)
+    served, session = session_of(directory)
+    with model:
+        yield model.engine, session
+    served.close()
+
+
+SEEDS = st.integers(0, 2**32 - 1)  # of a server's choices
+WANTED = requests(9, VOCAB, longest=50, tokens=(3, 9))  # every kind of sampling
+
+
+@pytest.fixture(scope="module")
+def expected(pair):
+    return alone(pair[0], WANTED)
+
+
+@settings(max_examples=25)
+@given(seed=SEEDS, lag=st.integers(0, 6), rows=st.sampled_from([1, 3, 8, 64]), preempts=st.booleans())
+@example(seed=1, lag=6, rows=3, preempts=False)
+@example(seed=2, lag=3, rows=8, preempts=True)
+def test_any_interleaving_gives_what_the_engine_gives(pair, expected, seed, lag, rows, preempts):
+    assert outputs(Driver(pair[1], BLOCKS, Random(seed), lag=lag, rows=rows, preempts=preempts), WANTED) == expected
+
+
+def test_a_prompt_in_more_pieces_than_stages_and_tokens_fed_before_they_are_known(pair):
+    engine, session = pair
+    wanted = [Request(TEXT[:60], SamplingParams(temperature=0.9, seed=3, logprobs=2), 8)]
+    driver = Driver(session, BLOCKS, Random(0), lag=40, rows=4, whole_prompts=False)
+    assert outputs(driver, wanted) == alone(engine, wanted)
+    assert driver.most_under_way > STAGES
+
+
+def test_a_session_looks_at_nothing_until_it_must(pair):
+    _, session = pair
+    slot = session.acquire()
+    record = session.fill(slot, SamplingParams(), TEXT[:5], 5, frozenset())
+    session.set_blocks(slot, 0, 0, [1, 2])
+    for group in range(1, session.arrays.sizes.groups):
+        session.set_blocks(slot, group, 0, [3, 4])
+    first = session.begin([Span(slot, 0, TEXT[:5], None, [4], [record])])
+    session.sample(first)
+    second = session.begin([Span(slot, 5, [-1], Place(first, 0), [0], [record])])
+    session.sample(second)
+    assert first.sampled is None and Place(first, 0).token is None
+    session.collect(second)
+    assert first.sampled is not None and Place(first, 0).token == int(first.sampled["token"][0])
+    session.settle()
+    session.release(slot)
+
+
+def test_a_row_of_results_is_not_used_again_before_it_was_taken(pair):
+    """More steps under way than rows of results: a stage's turn takes the results of the step that had it before."""
+    engine, session = pair
+    assert len(session.stages) == STAGES
+    wanted = [Request(TEXT[i : i + 3], SamplingParams(seed=i, temperature=1.0), 20) for i in range(SEQS)]
+    driver = Driver(session, BLOCKS, Random(5), lag=100, rows=1)
+    assert outputs(driver, wanted) == alone(engine, wanted)
+    assert driver.most_under_way > session.arrays.sizes.steps
+
+
+def test_another_thread_may_wait_for_steps(pair):
+    """As vLLM's multiprocessing executor does: one thread begins steps, another takes their results."""
+    engine, session = pair
+    prompt, count = TEXT[:4], CONTEXT - 4
+    slot = session.acquire()
+    record = session.fill(slot, SamplingParams(seed=9, temperature=1.0), prompt, 4, frozenset())
+    for group in range(session.arrays.sizes.groups):
+        session.set_blocks(slot, group, 0, range(1 + 8 * group, 9 + 8 * group))
+    steps: queue.Queue = queue.Queue()
+
+    def take():
+        tokens = []
+        for _ in range(count):
+            step = steps.get(timeout=60)
+            session.collect(step)
+            tokens.append((int(step.sampled["token"][0]), step.top.shape))
+        return tokens
+
+    with ThreadPoolExecutor(1) as other:
+        result = other.submit(take)
+        last = None
+        for i in range(count):
+            record["counter"] = i
+            tokens = prompt if last is None else [-1]
+            step = session.begin([Span(slot, 3 + i if i else 0, tokens, last, [len(tokens) - 1], [record.copy()])])
+            session.sample(step)
+            steps.put(step)
+            last = Place(step, 0)
+        got = result.result(timeout=60)
+    session.release(slot)
+    want = [output.token for output in engine.submit(Request(prompt, SamplingParams(seed=9, temperature=1.0), count))]
+    assert got == [(token, (1, 32)) for token in want]
+
+
+def test_masks_written_between_the_halves_are_the_grammars(pair):
+    engine, session = pair
+
+    def wanted():
+        return [
+            Request(TEXT[:4], SamplingParams(seed=1, temperature=1.2, logprobs=2), 12, grammar=ChoiceGrammar(CHOICES)),
+            Request(TEXT[3:9], SamplingParams(seed=2, temperature=0.7), 12),
+            Request(TEXT[9:30], SamplingParams(seed=4, processed_logprobs=True, logprobs=4), 12, grammar=ChoiceGrammar(CHOICES)),
+        ]
+
+    assert outputs(Driver(session, BLOCKS, Random(3)), wanted()) == answers(engine, wanted())
+
+
+def test_prompt_logprobs_of_a_divided_prompt(pair):
+    engine, session = pair
+    wanted = [Request(TEXT[i : i + 40], SamplingParams(seed=i, prompt_logprobs=2), 3) for i in range(4)]
+    got = Driver(session, BLOCKS, Random(4), rows=24).run(wanted)
+    for request, running in zip(wanted, got, strict=True):
+        stream = engine.submit(request)
+        assert running.outputs == [(o.token, o.logprob, o.rank, o.top, o.finish_reason) for o in stream]
+        assert running.prompt == [(x.token, x.logprob, x.rank, x.top) for x in stream.prompt_logprobs[1:]]
+
+
+def test_kept_logits_are_the_engines(pair):
+    engine, session = pair
+    wanted = [Request(TEXT[i : i + 20], SamplingParams(seed=i), 4, keep_logits=i != 1) for i in range(3)]
+    for request, running in zip(wanted, Driver(session, BLOCKS, Random(6)).run(wanted), strict=True):
+        kept = [o.logits.numpy() for o in engine.submit(request)] if request.keep_logits else []
+        np.testing.assert_array_equal(running.logits, kept)
+
+
+def test_a_slot_whose_step_is_under_way_is_handed_out_last_and_after_the_step(pair):
+    _, session = pair
+    slots = [session.acquire() for _ in range(SEQS)]
+    with pytest.raises(ValueError, match=f"{SEQS} sequences run already; release one first"):
+        session.acquire()
+    steps = []
+    for block, slot in enumerate(slots, 1):
+        record = session.fill(slot, SamplingParams(), [5], 1, frozenset())
+        for group in range(session.arrays.sizes.groups):
+            session.set_blocks(slot, group, 0, [block])
+        steps.append(session.begin([Span(slot, 0, [5], None, [0], [record])]))
+        session.sample(steps[-1])
+    for slot in slots:
+        session.release(slot)
+    session.collect(steps[1])  # and the first
+    assert steps[2].sampled is None
+    assert {session.acquire(), session.acquire()} == set(slots[:2])
+    assert steps[2].sampled is None
+    assert session.acquire() == slots[2] and steps[2].sampled is not None
+    for slot in slots:
+        session.release(slot)
+
+
+def test_a_row_that_fails_says_so_and_its_token_is_0(pair):
+    _, session = pair
+    slot = session.acquire()
+    record = session.fill(slot, SamplingParams(logprobs=2), [5, 6], 2, frozenset())
+    record["grammar"] = session.mask_number(slot)
+    for group in range(session.arrays.sizes.groups):
+        session.set_blocks(slot, group, 0, [1])
+    step = session.begin([Span(slot, 0, [5, 6], None, [1], [record])])
+    session.mask(slot)[:] = 0
+    session.sample(step)
+    session.collect(step)
+    assert step.sampled["status"][0] == params.MS_SAMPLE_NOTHING_ALLOWED and Place(step, 0).token == 0
+    session.release(slot)
+
+
+def test_too_many_rows_are_refused_and_the_session_goes_on(pair):
+    engine, session = pair
+    slot = session.acquire()
+    with pytest.raises(ValueError, match="a step of 513 rows"):
+        session.begin([Span(slot, 0, [1] * (session.max_rows + 1))])
+    session.release(slot)
+    assert outputs(Driver(session, BLOCKS, Random(7)), WANTED[:2]) == alone(engine, WANTED[:2])
+
+
+def test_the_metal_device_gives_what_its_engine_gives(tmp_path, monkeypatch):
+    """With plans that do not depend on the batch. Simulated off Apple."""
+    monkeypatch.setattr(GpuTarget, "warm_shapes", lambda *_: [])
+    directory = directory_of("llama", tmp_path / "llama")
+    options = {"device": DEVICE, "batch_invariant": True}
+    wanted = [Request(x.prompt[:20], x.sampling, 4, x.stop_token_ids) for x in WANTED[:4]]
+    with metalstep.load(directory, strict=True, max_context=CONTEXT, kv_memory="16MB", **options)[0] as model:
+        expected = alone(model.engine, wanted)
+    served, session = session_of(directory, **options)
+    assert outputs(Driver(session, BLOCKS, Random(8), rows=16), wanted) == expected
+    served.close()
