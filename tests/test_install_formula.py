@@ -7,7 +7,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
-from metalstep.checkpoint.source import PACKAGED
+from metalstep.packaged_models import PACKAGED
 
 ROOT = Path(__file__).resolve().parents[1]
 FORMULA = ROOT / "scripts" / "metalstep.rb"

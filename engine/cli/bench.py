@@ -1,4 +1,4 @@
-"""`metalstep bench`: speed against peers, where a step's time goes, the GPU kernels one by one, quality against float32."""
+"""`metalstep bench`: speed against peers, where a step's time goes, the GPU kernels one by one, quality against float32, the server."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 from metalstep.cli.bench_kernels import kernels
 from metalstep.cli.bench_output import emit, print_head
 from metalstep.cli.bench_peers import decode, prefill
+from metalstep.cli.bench_serve import serve
 from metalstep.cli.bench_steps import launches, sampling
-from metalstep.cli.parser import CommandError, Parser, add_load_options, positive
+from metalstep.cli.errors import CommandError
+from metalstep.cli.parser import Parser, add_load_options, positive
 
-HELP = """usage: metalstep bench decode|prefill|launches|sampling|quality|kernels [options]
+HELP = """usage: metalstep bench decode|prefill|launches|sampling|quality|kernels|serve [options]
 
   decode    TTFT and decode speed of one sequence or a batch, in turns with mlx-lm and llama.cpp in one run on the same model
   prefill   speed of prompts, likewise
@@ -21,6 +23,7 @@ HELP = """usage: metalstep bench decode|prefill|launches|sampling|quality|kernel
   sampling  time of a decode step with filters, penalties and logprobs against a greedy one
   quality   KL divergence, top-1 agreement and perplexity against MLX in float32
   kernels   time of the GPU kernels one by one, on shapes of public models
+  serve     the HTTP server against batch_generate and, on request, vLLM's own CPU backend
 
 examples:
   metalstep bench decode --against llama.cpp --batch 1,8,32
@@ -39,6 +42,7 @@ def main(argv: list[str]) -> int:
         "sampling": sampling,
         "quality": quality,
         "kernels": kernels,
+        "serve": serve,
     }
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)

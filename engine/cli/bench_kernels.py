@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from metalstep.chips import CHIPS, find_chip
 from metalstep.cli.bench_output import HelpFormatter, emit, print_head, progress
-from metalstep.cli.parser import CommandError, Parser, counted, integers, positive
+from metalstep.cli.errors import CommandError
+from metalstep.cli.parser import Parser, counted, integers, positive
 from metalstep.cli.version import versions
 from metalstep.kernels.native import NativeDevice
 from metalstep.kv_cache import DTYPES
@@ -36,7 +37,7 @@ def parser() -> Parser:
     p.add_argument(
         "--device", choices=("metal", "metal-sim"), help="metal: this Mac's GPU (default on a Mac); metal-sim: the CPU (default elsewhere)"
     )
-    p.add_argument("--op", metavar="NAMES", help="linear, attention, row_program, sample, step_advance (default: all)")
+    p.add_argument("--op", metavar="NAMES", help="linear, attention, row_program, sample, step_advance, step_load (default: all)")
     p.add_argument("--case", metavar="PATTERN", help="only cases of these names, e.g. linear-qkv-1rows or 'attention-*-8192', with commas")
     p.add_argument("--shape", metavar="NAME", help=f"a public model's, or tiny (default: {SHAPE}; on metal-sim tiny)")
     p.add_argument("--rows", type=integers, metavar="N,…", help="rows of plans (default: 1,4,16,64,512; on metal-sim 1,8)")

@@ -9,7 +9,8 @@ from typing import Any
 from metalstep.bench.machine import machine
 from metalstep.bench.peers import PEERS
 from metalstep.cli.bench_output import HelpFormatter, emit, joined, note, print_head, progress
-from metalstep.cli.parser import CommandError, Parser, add_device_options, counted, integers, positive
+from metalstep.cli.errors import CommandError
+from metalstep.cli.parser import Parser, add_device_options, counted, integers, positive
 from metalstep.cli.version import versions
 from metalstep.kernels.linear import ARITHMETIC
 from metalstep.model import DEFAULT_DEVICE

@@ -6,7 +6,8 @@ import argparse
 from typing import Any
 
 from metalstep.cli.bench_output import HelpFormatter, emit, note, print_head, progress
-from metalstep.cli.parser import CommandError, Parser, add_load_options, counted, load_model, positive
+from metalstep.cli.errors import CommandError
+from metalstep.cli.parser import Parser, add_load_options, counted, load_model, positive
 from metalstep.native_model import MAX_SEQS, PREFILL_ROWS
 
 LAUNCHES_EXAMPLES = """examples:

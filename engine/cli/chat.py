@@ -9,8 +9,8 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from metalstep.cli.conversation import Conversation
+from metalstep.cli.errors import CommandError, report
 from metalstep.cli.parser import (
-    CommandError,
     Parser,
     add_load_options,
     boolean,
@@ -18,7 +18,6 @@ from metalstep.cli.parser import (
     json_object,
     load_model,
     refuse,
-    report,
 )
 from metalstep.cli.progress import PromptProgress
 from metalstep.cli.sampling import SAMPLING, add_request_options, check_sampling, request_options, with_special_tokens

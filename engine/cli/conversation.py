@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from metalstep.cli.parser import CommandError
+from metalstep.cli.errors import CommandError
 from metalstep.token_ids import check_text
 
 ROLES = ("system", "user", "assistant", "tool")

@@ -6,7 +6,8 @@ import json
 import sys
 from pathlib import Path
 
-from metalstep.cli.parser import CommandError, Parser
+from metalstep.cli.errors import CommandError
+from metalstep.cli.parser import Parser
 from metalstep.doctor import examine, report, summary, worst
 from metalstep.finding import FAIL, Finding
 

@@ -9,7 +9,8 @@ from collections import Counter
 from typing import Any
 
 from metalstep.chips import CHIPS, find_chip
-from metalstep.cli.parser import CommandError, Parser, add_load_options, counted, load_model, positive
+from metalstep.cli.errors import CommandError
+from metalstep.cli.parser import Parser, add_load_options, counted, load_model, positive
 
 MIB = 1 << 20
 CONTEXT = 1024  # tokens of each sequence, unless told otherwise

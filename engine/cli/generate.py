@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import (
-    CommandError,
     Parser,
     add_load_options,
     boolean,

@@ -14,7 +14,7 @@ from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import TextIO
 
-from metalstep.cli.parser import CommandError, report
+from metalstep.cli.errors import CommandError, report
 
 Command = Callable[[list[str]], int]
 

@@ -10,7 +10,8 @@ import pytest
 
 from metalstep.cli import chat, generate
 from metalstep.cli import main as command
-from metalstep.cli.parser import CommandError, Parser, report
+from metalstep.cli.errors import CommandError, report
+from metalstep.cli.parser import Parser
 
 
 def run(capsys, *argv):

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metalstep.cli.conversation import Conversation
-from metalstep.cli.parser import CommandError
+from metalstep.cli.errors import CommandError
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 

