@@ -127,8 +127,8 @@ class EagerForward:
         session.settle()  # the sampler of the step before reads the same logits, and this step's tokens may come from it
         at = 0
         for span in step.spans:
-            self._run(span, self._logits[at : at + len(span.wanted)])
-            at += len(span.wanted)
+            self._run(span, self._logits[at : at + span.results])
+            at += span.results
         return self._sampler, self._logits
 
     def release(self, slot: int) -> None:
@@ -157,14 +157,15 @@ class EagerForward:
         if sequence.failed:
             out[:] = np.nan  # this sequence alone fails
             return
-        before = span.wanted[0] if len(span.wanted) else len(ids)
+        rows = span.wanted
+        before = rows[0] if rows else len(ids)
         if before:
             self._model(mx.array(ids[None, :before]), cache=sequence.cache)
             _evaluate(sequence.cache)
             mx.clear_cache()  # chunks differ in size, so their memory is of no use to the next
         if before < len(ids):
             logits = self._model(mx.array(ids[None, before:]), cache=sequence.cache)
-            wanted = logits[0, mx.array([row - before for row in span.wanted])].astype(mx.float32)
+            wanted = logits[0, mx.array([row - before for row in rows])].astype(mx.float32)
             _evaluate(sequence.cache, wanted)
             out[:] = np.array(wanted)
 

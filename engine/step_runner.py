@@ -6,7 +6,7 @@ import numpy as np
 from metalstep.kernels import params
 from metalstep.native_model import NativeModel
 from metalstep.plan.plan import Plan
-from metalstep.plan.step_arrays import SAMPLING, Records, StepBatch
+from metalstep.plan.step_arrays import Records, StepBatch, join_records
 from metalstep.request import PromptLogprob, TokenOutput
 from metalstep.running_request import RunningRequest
 from metalstep.scheduler import Entry, Schedule, Sequence
@@ -86,8 +86,7 @@ class StepRunner:
                 sampled_rows += range(row + count - entry.wanted, row + count)
                 records.append(self._records(sequence.request, entry))
                 limits += [entry.limit] * entry.wanted
-        sampling = np.concatenate(records) if records else np.empty(0, SAMPLING)
-        self._arrays.write(StepBatch(tokens, positions, seq_ids, sampled_rows, sampling, limits, schedule.decode))
+        self._arrays.write(StepBatch(tokens, positions, seq_ids, sampled_rows, join_records(records), limits, schedule.decode))
 
     def _fill_slot(self, sequence: Sequence) -> None:
         """What the device keeps for a request that got a slot."""
@@ -131,7 +130,7 @@ class StepRunner:
         end = entry.first + entry.count
         targets = sequence.tokens[end - entry.wanted + 1 : end + 1 - entry.samples]
         report = self._slots.report(record, targets, running.request.sampling.prompt_logprobs or 0)
-        return np.concatenate([report, record]) if entry.samples else report
+        return join_records([report, record]) if entry.samples else report
 
     def _fill_grammar(self, running: RunningRequest) -> None:
         grammar, row = running.request.grammar, self._slots.grammar_row(running.sequence.slot)

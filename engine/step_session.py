@@ -18,7 +18,16 @@ from metalstep.kernels import step_load
 from metalstep.kernels.native import NativeDevice, NativePlan
 from metalstep.native_model import MAX_RESULTS, PREFILL_ROWS, NativeModel
 from metalstep.plan.request_slots import RequestSlots
-from metalstep.plan.step_arrays import Records, StepArrays, StepBatch, StepLoad, StepStage
+from metalstep.plan.step_arrays import (
+    SAMPLING,
+    Records,
+    StepArrays,
+    StepBatch,
+    StepLoad,
+    StepStage,
+    join_records,
+    words_of,
+)
 from metalstep.sampling import SamplingParams
 
 STAGES = 2  # steps that may be under way: one runs, one waits for it
@@ -44,15 +53,26 @@ class Span:
     """Rows of one sequence in a step: the tokens at positions from `first` on.
 
     slot: the sequence's. tokens: of the rows; where `last` is given, the last row's token is what lies there and its entry here any number.
-    wanted: rows that give results, counted from the span's first, ascending; records: their SAMPLING records, in that order.
+    targets: given next tokens, on which the first rows report, one each. known: tokens of the sequence, its last row's included, when that
+    row samples; 0: it does not.
     """
 
     slot: int
     first: int
-    tokens: Sequence[int]
+    tokens: list[int]
     last: Place | None = None
-    wanted: Sequence[int] = ()
-    records: Sequence[Records] = ()
+    targets: Sequence[int] = ()
+    known: int = 0
+
+    @property
+    def wanted(self) -> list[int]:
+        """Rows that give results, counted from the span's first."""
+        rows = list(range(len(self.targets)))
+        return [*rows, len(self.tokens) - 1] if self.known else rows
+
+    @property
+    def results(self) -> int:
+        return len(self.targets) + (self.known > 0)
 
 
 @dataclass(slots=True, eq=False)
@@ -144,7 +164,10 @@ class StepSession:
     _taking: threading.Lock = field(default_factory=threading.Lock)  # results of steps under way
 
     def __post_init__(self) -> None:
-        self._free = deque(range(self.arrays.sizes.seqs))
+        seqs = self.arrays.sizes.seqs
+        self._free = deque(range(seqs))
+        self._records = np.zeros(seqs, SAMPLING)  # of the slots; what counts tokens is set for each step
+        self._num_prompt, self._report_top = np.zeros(seqs, np.int32), np.zeros(seqs, np.int32)
         self.stages = [self.arrays.stage(self.step_load) for _ in range(STAGES)]
         self._stage_steps = [None] * STAGES
 
@@ -168,25 +191,28 @@ class StepSession:
         self._free.append(slot)
         self.forward.release(slot)
 
-    def fill(self, slot: int, sampling: SamplingParams, tokens: list[int], num_prompt: int, stop_ids: frozenset[int]) -> Records:
-        """What the device keeps for a sequence, see RequestSlots.fill. Returns its SAMPLING record, shape (1,)."""
+    def fill(
+        self, slot: int, sampling: SamplingParams, tokens: list[int], num_prompt: int, stop_ids: frozenset[int], *, masked: bool = False
+    ) -> None:
+        """Put what the device keeps for a sequence into its slot, see RequestSlots.fill. masked: its tokens have to fit `mask`."""
         self.arrays.sequences[slot] = (0, 0)
-        return self.slots.fill(slot, sampling, tokens, num_prompt, stop_ids)
+        record = self.slots.fill(slot, sampling, tokens, num_prompt, stop_ids)
+        if masked:
+            record["grammar"] = self.slots.grammar_row(slot) + 1
+        self._records[slot] = record
+        self._num_prompt[slot] = num_prompt
+        self._report_top[slot] = sampling.prompt_logprobs or 0
 
     def set_blocks(self, slot: int, group: int, first: int, blocks: Sequence[int]) -> None:
         """Entries of a block table from `first` on. A step under way that reads the table does not look at new ones."""
         self.arrays.block_tables[group, slot, first : first + len(blocks)] = blocks
 
     def mask(self, slot: int) -> np.ndarray:
-        """The mask of a sequence's next token, uint32 [mask_words], for a record whose `grammar` is `mask_number`.
+        """The mask of the next token of a `masked` sequence, uint32 [mask_words].
 
         Written between `begin` and `sample`, when no earlier step samples this sequence any more.
         """
         return self.arrays.masks[self.slots.grammar_row(slot)]
-
-    def mask_number(self, slot: int) -> int:
-        """MSSampling.grammar for `mask`."""
-        return self.slots.grammar_row(slot) + 1
 
     def load(self, stage: StepStage) -> None:
         """Put a step's inputs in place, for a Forward whose plans do not."""
@@ -214,7 +240,7 @@ class StepSession:
         rows, decode, context = self._write(stage, spans)
         stage.write_results_to(row)
         rest, place = self.forward.start(self, StartedStep(stage, spans, rows, decode, context, split))
-        step = SessionStep(sum(len(span.wanted) for span in spans), row, keep_logits, rest, place)
+        step = SessionStep(sum(span.results for span in spans), row, keep_logits, rest, place)
         self._stage_steps[index] = step
         self._under_way.append(step)
         for span in spans:
@@ -262,27 +288,45 @@ class StepSession:
         positions: list[int] = []
         seq_ids: list[int] = []
         sampled_rows: list[int] = []
-        records: list[Records] = []
         sources: list[tuple[int, int]] = []
         context = 0
         for span in spans:
             row, count = len(tokens), len(span.tokens)
             tokens += span.tokens
-            positions += range(span.first, span.first + count)
+            end = span.first + count
+            positions += range(span.first, end)
             seq_ids += [span.slot] * count
-            context = max(context, span.first + count)
+            context = max(context, end)
             if span.last is not None:
                 known = span.last.token
                 if known is None:
                     sources.append((row + count - 1, span.last.step.row * self.arrays.sizes.results + span.last.row))
                 else:
                     tokens[-1] = known
-            sampled_rows += [row + place for place in span.wanted]
-            records += span.records
+            if span.targets:
+                sampled_rows += range(row, row + len(span.targets))
+            if span.known:
+                sampled_rows.append(row + count - 1)
         decode = len(tokens) == len(spans) == len(sampled_rows)
-        sampling = np.concatenate(records) if records else np.empty(0, self.arrays.sampling.dtype)
-        stage.write(StepBatch(tokens, positions, seq_ids, sampled_rows, sampling))
+        stage.write(StepBatch(tokens, positions, seq_ids, sampled_rows, self._sampling(spans)))
         stage.sources[: len(tokens)] = -1
         for row, source in sources:
             stage.sources[row] = source
         return len(tokens), decode, context
+
+    def _sampling(self, spans: Sequence[Span]) -> Records:
+        """The records of all results, in order."""
+        sampled = [span for span in spans if span.known]
+        slots, known = [span.slot for span in sampled], np.array([span.known for span in sampled], np.int32)
+        records: Records = words_of(self._records)[slots].reshape(-1).view(SAMPLING)
+        records["counter"], records["counted"] = known - self._num_prompt[slots], known
+        if all(not span.targets for span in spans):
+            return records
+        parts, at = [], 0
+        for span in spans:
+            if span.targets:
+                parts.append(self.slots.report(self._records[span.slot : span.slot + 1], span.targets, int(self._report_top[span.slot])))
+            if span.known:
+                parts.append(records[at : at + 1])
+                at += 1
+        return join_records(parts)

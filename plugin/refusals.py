@@ -169,6 +169,12 @@ OPTIONS = (
     Option("--enable-layerwise-nvtx-tracing", field("observability_config.enable_layerwise_nvtx_tracing"), *ONE_CALL),
 )
 
+# What vLLM finds fault with itself before it asks the platform, in words that do not help here.
+EARLY = (
+    *("--tensor-parallel-size", "--pipeline-parallel-size", "--prefill-context-parallel-size", "--decode-context-parallel-size"),
+    *("--enable-expert-parallel", "--enable-lora"),
+)
+
 NO_EFFECT: dict[str, Given] = {
     "--enforce-eager": field("model_config.enforce_eager"),
     "--compilation-config": any_of("compilation_config.cudagraph_capture_sizes"),
@@ -182,10 +188,10 @@ NO_EFFECT: dict[str, Given] = {
 
 
 def check_arguments(args: Any) -> None:
-    """Of parsed arguments, those that vLLM would first complain about itself, in its own words. Raises: Refusal."""
+    """Of parsed arguments, those of EARLY. Raises: Refusal."""
     for option in OPTIONS:
-        value = getattr(args, option.name.removeprefix("--").replace("-", "_"), 1)
-        if option.why == ONE_DEVICE[0] and value > 1:
+        value = getattr(args, option.name.removeprefix("--").replace("-", "_"), None)
+        if option.name in EARLY and (value is True or isinstance(value, int) and value > 1):
             raise option.refusal(value)
 
 

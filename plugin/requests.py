@@ -39,7 +39,6 @@ class RequestState:
     wants_prompt: bool
     pending: Place | None = None
     slot: int = -1
-    record: Any = None
     prompt_rows: list[tuple[Any, Any, Any]] = field(default_factory=list)
 
     @property
@@ -130,11 +129,8 @@ class RequestTable:
         session = self._session
         state.slot = session.acquire()
         # Tokens of a request that comes back are all known: its last step is long over.
-        state.record = session.fill(
-            state.slot, state.sampling, state.tokens, state.prompt_len, frozenset(state.params.all_stop_token_ids)
-        )
-        if state.masked:
-            state.record["grammar"] = session.mask_number(state.slot)
+        stops = frozenset(state.params.all_stop_token_ids)
+        session.fill(state.slot, state.sampling, state.tokens, state.prompt_len, stops, masked=state.masked)
         state.prompt_rows.clear()
         for group, blocks in enumerate(state.blocks):
             session.set_blocks(state.slot, group, 0, self._expanded(blocks))

@@ -14,8 +14,6 @@ import numpy as np
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
 from metalstep.kernels import params
-from metalstep.plan.request_slots import RequestSlots
-from metalstep.plan.step_arrays import Records
 from metalstep.plugin.outputs import (
     Row,
     StepOutput,
@@ -121,21 +119,14 @@ class Runner:
     def _span(self, piece: Piece) -> Span:
         state, first, end = piece.state, piece.first, piece.end
         tokens = state.tokens[first:end]
-        span = Span(state.slot, first, tokens, state.pending if tokens[-1] == UNKNOWN else None)
-        wanted: list[int] = []
-        records: list[Records] = []
-        if piece.prompt_rows:
-            wanted += range(piece.prompt_rows)
-            targets = state.tokens[first + 1 : first + 1 + piece.prompt_rows]
-            records.append(RequestSlots.report(state.record, targets, state.sampling.prompt_logprobs or 0))
-        if piece.sample >= 0:
-            record = state.record.copy()
-            record["counter"] = len(state.tokens) - state.prompt_len
-            record["counted"] = len(state.tokens)
-            wanted.append(end - first - 1)
-            records.append(record)
-        span.wanted, span.records = wanted, records
-        return span
+        return Span(
+            state.slot,
+            first,
+            tokens,
+            state.pending if tokens[-1] == UNKNOWN else None,
+            state.tokens[first + 1 : first + 1 + piece.prompt_rows] if piece.prompt_rows else (),
+            len(state.tokens) if piece.sample >= 0 else 0,
+        )
 
     # ---- second half --------------------------------------------------------------------------------------------------------
     def sample_tokens(self, grammar: GrammarOutput | None) -> StepOutput | None:

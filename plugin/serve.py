@@ -129,6 +129,8 @@ def apply_model(args: argparse.Namespace, model: ServeModel) -> None:
         config.setdefault("model", model.weights)
     if model.name is not None and not args.served_model_name:
         args.served_model_name = [model.name]
+    if args.dtype == "auto" and args.kv_cache_dtype in ("float16", "bfloat16"):
+        args.dtype = args.kv_cache_dtype  # vLLM 0.33 wants the two to be alike; the engine's activations are float32 in any case
 
 
 def run(args: argparse.Namespace, command: Any, errors: str) -> int:

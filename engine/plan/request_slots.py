@@ -1,6 +1,8 @@
 """What a running request keeps on the device: token biases, masks, history and counts, and its sampling record."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from metalstep.kernels import params
@@ -76,7 +78,7 @@ class RequestSlots:
         return self._arrays.sizes.seqs + slot
 
     @staticmethod
-    def report(record: Records, targets: list[int], top: int) -> Records:
+    def report(record: Records, targets: Sequence[int], top: int) -> Records:
         """Records of rows that sample nothing but report on a given next token each, under the model's own distribution.
 
         record: the request's, shape (1,). targets: token ids, one per row. top: most likely tokens wanted.

@@ -5,7 +5,6 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
-from typing import Any
 
 import numpy as np
 from workload import Tokens
@@ -13,7 +12,6 @@ from workload import Tokens
 from metalstep import Request
 from metalstep.kernels import params
 from metalstep.kv_cache import BLOCK_SIZE
-from metalstep.plan.request_slots import RequestSlots
 from metalstep.step_session import Place, SessionStep, Span, StepSession
 
 UNKNOWN = -1
@@ -27,7 +25,6 @@ class Running:
     tokens: list[int]
     blocks: list[list[int]]
     slot: int = -1
-    record: Any = None
     computed: int = 0
     pending: Place | None = None
     outputs: Tokens = field(default_factory=list)
@@ -119,9 +116,8 @@ class Driver:
     def _enter(self, running: Running) -> Running:
         request, session = running.request, self.session
         running.slot = session.acquire()
-        running.record = session.fill(running.slot, request.sampling, running.tokens, running.prompt_len, request.stop_token_ids)
-        if request.grammar is not None:
-            running.record["grammar"] = session.mask_number(running.slot)
+        masked = request.grammar is not None
+        session.fill(running.slot, request.sampling, running.tokens, running.prompt_len, request.stop_token_ids, masked=masked)
         return running
 
     def _leave(self, running: Running) -> None:
@@ -158,7 +154,7 @@ class Driver:
                 if running.request.sampling.prompt_logprobs is not None:
                     size = min(size, results)
                 pack.append(self._piece(running, size, self.session.max_results - results))
-                rows, results, count = max(rows - size, 0), results - len(pack[-1].span.wanted), count - size
+                rows, results, count = max(rows - size, 0), results - pack[-1].span.results, count - size
         self._run(pack)
 
     def _piece(self, running: Running, count: int, first_result: int) -> Piece:
@@ -166,21 +162,13 @@ class Driver:
         self._grow(running, end)
         tokens = running.tokens[first:end]
         span = Span(running.slot, first, tokens, running.pending if tokens[-1] == UNKNOWN else None)
-        wanted, records = [], []
-        sampling = running.request.sampling
         prompt_rows = 0
-        if sampling.prompt_logprobs is not None and first < running.prompt_len - 1:
+        if running.request.sampling.prompt_logprobs is not None and first < running.prompt_len - 1:
             prompt_rows = min(end, running.prompt_len - 1) - first
-            wanted += range(prompt_rows)
-            targets = running.tokens[first + 1 : first + 1 + prompt_rows]
-            records.append(RequestSlots.report(running.record, targets, sampling.prompt_logprobs))
+            span.targets = running.tokens[first + 1 : first + 1 + prompt_rows]
         samples = end == len(running.tokens)
         if samples:
-            record = running.record.copy()
-            record["counter"], record["counted"] = len(running.tokens) - running.prompt_len, len(running.tokens)
-            wanted.append(count - 1)
-            records.append(record)
-        span.wanted, span.records = wanted, records
+            span.known = len(running.tokens)
         running.computed = end
         return Piece(running, span, first_result, prompt_rows, samples)
 

@@ -111,8 +111,8 @@ def test_a_sequence_that_is_gone_leaves_no_cache(eager):
     _, session = eager
     assert not session.forward._sequences
     slot = session.acquire()
-    record = session.fill(slot, SamplingParams(), [5], 1, frozenset())
-    session.sample(session.begin([Span(slot, 0, [5], None, [0], [record])]))
+    session.fill(slot, SamplingParams(), [5], 1, frozenset())
+    session.sample(session.begin([Span(slot, 0, [5], known=1)]))
     assert list(session.forward._sequences) == [slot]
     session.release(slot)  # while its step is under way
     assert not session.forward._sequences
@@ -133,8 +133,9 @@ def test_a_token_that_the_model_has_not_fails_its_own_sequence(eager, bad):
     model, session = eager
     slots = [session.acquire(), session.acquire()]
     prompts = [[5, bad, 7], TEXT[:3]]
-    records = [session.fill(slot, SamplingParams(), prompt, 3, frozenset()) for slot, prompt in zip(slots, prompts, strict=True)]
-    step = session.begin([Span(s, 0, p, None, [2], [r]) for s, p, r in zip(slots, prompts, records, strict=True)])
+    for slot, prompt in zip(slots, prompts, strict=True):
+        session.fill(slot, SamplingParams(), prompt, 3, frozenset())
+    step = session.begin([Span(s, 0, p, known=3) for s, p in zip(slots, prompts, strict=True)])
     session.sample(step)
     session.collect(step)
     assert step.sampled["status"].tolist() == [params.MS_SAMPLE_NOT_FINITE, params.MS_SAMPLE_OK]

@@ -71,13 +71,13 @@ def test_a_prompt_in_more_pieces_than_stages_and_tokens_fed_before_they_are_know
 def test_a_session_looks_at_nothing_until_it_must(pair):
     _, session = pair
     slot = session.acquire()
-    record = session.fill(slot, SamplingParams(), TEXT[:5], 5, frozenset())
+    session.fill(slot, SamplingParams(), TEXT[:5], 5, frozenset())
     session.set_blocks(slot, 0, 0, [1, 2])
     for group in range(1, session.arrays.sizes.groups):
         session.set_blocks(slot, group, 0, [3, 4])
-    first = session.begin([Span(slot, 0, TEXT[:5], None, [4], [record])])
+    first = session.begin([Span(slot, 0, TEXT[:5], known=5)])
     session.sample(first)
-    second = session.begin([Span(slot, 5, [-1], Place(first, 0), [0], [record])])
+    second = session.begin([Span(slot, 5, [-1], Place(first, 0), known=6)])
     session.sample(second)
     assert first.sampled is None and Place(first, 0).token is None
     session.collect(second)
@@ -101,7 +101,7 @@ def test_another_thread_may_wait_for_steps(pair):
     engine, session = pair
     prompt, count = TEXT[:4], CONTEXT - 4
     slot = session.acquire()
-    record = session.fill(slot, SamplingParams(seed=9, temperature=1.0), prompt, 4, frozenset())
+    session.fill(slot, SamplingParams(seed=9, temperature=1.0), prompt, 4, frozenset())
     for group in range(session.arrays.sizes.groups):
         session.set_blocks(slot, group, 0, range(1 + 8 * group, 9 + 8 * group))
     steps: queue.Queue = queue.Queue()
@@ -118,9 +118,8 @@ def test_another_thread_may_wait_for_steps(pair):
         result = other.submit(take)
         last = None
         for i in range(count):
-            record["counter"] = i
             tokens = prompt if last is None else [-1]
-            step = session.begin([Span(slot, 3 + i if i else 0, tokens, last, [len(tokens) - 1], [record.copy()])])
+            step = session.begin([Span(slot, 3 + i if i else 0, tokens, last, known=4 + i)])
             session.sample(step)
             steps.put(step)
             last = Place(step, 0)
@@ -168,10 +167,10 @@ def test_a_slot_whose_step_is_under_way_is_handed_out_last_and_after_the_step(pa
         session.acquire()
     steps = []
     for block, slot in enumerate(slots, 1):
-        record = session.fill(slot, SamplingParams(), [5], 1, frozenset())
+        session.fill(slot, SamplingParams(), [5], 1, frozenset())
         for group in range(session.arrays.sizes.groups):
             session.set_blocks(slot, group, 0, [block])
-        steps.append(session.begin([Span(slot, 0, [5], None, [0], [record])]))
+        steps.append(session.begin([Span(slot, 0, [5], known=1)]))
         session.sample(steps[-1])
     for slot in slots:
         session.release(slot)
@@ -187,11 +186,10 @@ def test_a_slot_whose_step_is_under_way_is_handed_out_last_and_after_the_step(pa
 def test_a_row_that_fails_says_so_and_its_token_is_0(pair):
     _, session = pair
     slot = session.acquire()
-    record = session.fill(slot, SamplingParams(logprobs=2), [5, 6], 2, frozenset())
-    record["grammar"] = session.mask_number(slot)
+    session.fill(slot, SamplingParams(logprobs=2), [5, 6], 2, frozenset(), masked=True)
     for group in range(session.arrays.sizes.groups):
         session.set_blocks(slot, group, 0, [1])
-    step = session.begin([Span(slot, 0, [5, 6], None, [1], [record])])
+    step = session.begin([Span(slot, 0, [5, 6], known=2)])
     session.mask(slot)[:] = 0
     session.sample(step)
     session.collect(step)

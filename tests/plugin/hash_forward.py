@@ -69,7 +69,7 @@ class HashForward:
         self._barrier.wait(self._barrier.run())  # the step's inputs are in place, the step before has sampled
         arrays = session.arrays
         results = int(arrays.step["num_sampled"][0])
-        assert (int(arrays.step["num_tokens"][0]), results) == (rows, sum(len(span.wanted) for span in step.spans))
+        assert (int(arrays.step["num_tokens"][0]), results) == (rows, sum(span.results for span in step.spans))
         assert step.decode == (rows == len(step.spans) == results)
         assert step.context == arrays.positions[:rows].max() + 1
         for slots in arrays.slot_mappings[:, :rows]:
