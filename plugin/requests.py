@@ -131,7 +131,6 @@ class RequestTable:
         # Tokens of a request that comes back are all known: its last step is long over.
         stops = frozenset(state.params.all_stop_token_ids)
         session.fill(state.slot, state.sampling, state.tokens, state.prompt_len, stops, masked=state.masked)
-        state.prompt_rows.clear()
         for group, blocks in enumerate(state.blocks):
             session.set_blocks(state.slot, group, 0, self._expanded(blocks))
 

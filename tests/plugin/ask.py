@@ -33,7 +33,7 @@ class Ask:
 
 @dataclass
 class Choice:
-    """One text of an answer. logprobs: per token (token, its logprob, the most likely ones as (token, logprob)). tools: names, arguments."""
+    """One text of an answer. logprobs: per token (token, its logprob, the most likely ones). tools: names, arguments."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)

@@ -44,7 +44,7 @@ class Job:
 
 @dataclass
 class Answer:
-    """outputs: the tokens of each of the `n` samples, by number. cached: prompt tokens that were cached. logprobs, prompt_logprobs: vLLM's."""
+    """outputs: tokens of each of the `n` samples, by number. cached: prompt tokens that were. logprobs, prompt_logprobs: vLLM's."""
 
     outputs: dict[int, list[int]] = field(default_factory=dict)
     logprobs: dict[int, Any] = field(default_factory=dict)
@@ -70,8 +70,9 @@ class HashEngine:
         assert job.params.max_tokens is not None
         return continuation(job.prompt, job.params.max_tokens, self.windows, VOCAB)
 
-    def run(self, jobs: Sequence[Job]) -> list[Answer]:
-        """All jobs to their ends. An aborted one's answer has the tokens that had come."""
+    def run(self, jobs: Sequence[Job], resets: Sequence[int] = ()) -> list[Answer]:
+        """All jobs to their ends. An aborted one's answer has the tokens that had come. resets: before these of the engine's steps all
+        that run are preempted, and what they had under way is dropped."""
         engine = self.llm.llm_engine
         ids = {f"job-{self._count + i}": i for i in range(len(jobs))}
         self._count += len(jobs)
@@ -86,6 +87,8 @@ class HashEngine:
             gone = [req_id for req_id, i in ids.items() if jobs[i].aborts == step]
             if gone:
                 engine.abort_request(gone)
+            if step in resets:
+                assert engine.reset_prefix_cache(reset_running_requests=True)
             for output in engine.step():
                 self._take(answers[ids[output.request_id]], output)
             step += 1
@@ -98,9 +101,9 @@ class HashEngine:
         answer.cached = output.num_cached_tokens or 0
         answer.prompt_logprobs = output.prompt_logprobs
 
-    def check(self, jobs: Sequence[Job]) -> list[Answer]:
+    def check(self, jobs: Sequence[Job], resets: Sequence[int] = ()) -> list[Answer]:
         """`run`, and every token is that of the reference, in full where nothing was aborted."""
-        answers = self.run(jobs)
+        answers = self.run(jobs, resets)
         for job, answer in zip(jobs, answers, strict=True):
             wanted = self.expected(job)
             for tokens in answer.outputs.values():

@@ -64,8 +64,7 @@ class HashForward:
 
     def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, np.ndarray]:
         session.load(step.stage)
-        spans, rows, decode, context = step.spans, step.rows, step.decode, step.context
-        plan = self._plan or self._make_plan(session)
+        plan, rows = self._plan or self._make_plan(session), step.rows
         self._barrier.wait(self._barrier.run())  # the step's inputs are in place, the step before has sampled
         arrays = session.arrays
         results = int(arrays.step["num_sampled"][0])

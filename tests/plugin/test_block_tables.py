@@ -77,6 +77,17 @@ def test_shared_prefixes_are_read_and_never_written(tmp_path, monkeypatch, async
         engine.check_idle()
 
 
+@DIALECTS
+@SCHEDULING
+def test_requests_that_are_all_thrown_out_at_once_go_on(tmp_path, monkeypatch, v2, async_scheduling):
+    """The token of the step under way is dropped, and is sampled once more."""
+    draw = random.Random(7)
+    jobs = [Job(tokens(draw, 20 + 13 * i), greedy(30), arrives=3 * i) for i in range(6)]
+    with hash_engine(tmp_path, monkeypatch, v2=v2, async_scheduling=async_scheduling, max_num_batched_tokens=64) as engine:
+        engine.check(jobs, resets=[5, 6, 14, 27])
+        engine.check_idle()
+
+
 def test_samples_of_one_prompt_share_it(tmp_path, monkeypatch):
     draw = random.Random(4)
     jobs = [Job(tokens(draw, 70), greedy(25, n=n), arrives=n) for n in (1, 2, 5)]
