@@ -131,6 +131,9 @@ class EagerForward:
             at += span.results
         return self._sampler, self._logits
 
+    def go_on(self, rows: int, context: int) -> None:
+        """mlx-lm's model is given tokens."""
+
     def release(self, slot: int) -> None:
         if self._sequences.pop(slot, None) is not None:
             mx.clear_cache()

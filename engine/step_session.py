@@ -2,7 +2,7 @@
 
 A step has two halves, `begin` and `sample`. It is one native call in the second, or, where masks take time to compute, one in each, so that
 the device works meanwhile. A step's inputs wait in a stage until its turn; tokens that are not known yet are named by the place where the
-device leaves them.
+device leaves them. A decode step of the same sequences as the one before it needs no inputs from the host: the device makes them.
 """
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Place:
     @property
     def token(self) -> int | None:
         """None while the host has not seen it."""
-        return None if self.step.sampled is None else int(self.step.sampled["token"][self.row])
+        return None if self.step.sampled is None else self.step.rows[self.row][0]
 
 
 @dataclass(slots=True)
@@ -85,6 +85,7 @@ class SessionStep:
 
     results: int
     row: int  # of the arrays' sampled and top
+    decode: bool  # each of its rows is sampled
     keep_logits: bool
     rest: NativePlan
     logits_place: np.ndarray
@@ -92,6 +93,15 @@ class SessionStep:
     sampled: np.ndarray | None = None
     top: np.ndarray | None = None
     logits: np.ndarray | None = None
+    _rows: list[tuple[int, float, int, int]] | None = None
+
+    @property
+    def rows(self) -> list[tuple[int, float, int, int]]:
+        """`sampled` in Python's own types: token, logprob, rank, status of each result."""
+        if self._rows is None:
+            assert self.sampled is not None
+            self._rows = self.sampled.tolist()
+        return self._rows
 
 
 @dataclass(slots=True)
@@ -116,6 +126,9 @@ class Forward(Protocol):
         Whoever runs anything runs the stage's `load` first: `session.load(step.stage)`, or as part of a plan.
         """
 
+    def go_on(self, rows: int, context: int) -> tuple[NativePlan, np.ndarray] | None:
+        """As `start`, of a decode step whose inputs the device makes of the step before. None: it cannot."""
+
     def release(self, slot: int) -> None:
         """The slot's sequence is gone; what it alone has may go too."""
 
@@ -135,6 +148,10 @@ class NativeForward:
             return plan.whole(step.stage), plan.place_of_logits
         plan.forward(step.stage).run()
         return plan.sampler, plan.place_of_logits
+
+    def go_on(self, rows: int, context: int) -> tuple[NativePlan, np.ndarray]:
+        plan = self.native.plan_for(rows, decode=True, context=context)
+        return plan.again, plan.place_of_logits
 
     def release(self, slot: int) -> None:
         """Blocks are the scheduler's."""
@@ -169,7 +186,10 @@ class StepSession:
         self._records = np.zeros(seqs, SAMPLING)  # of the slots; what counts tokens is set for each step
         self._num_prompt, self._report_top = np.zeros(seqs, np.int32), np.zeros(seqs, np.int32)
         self.stages = [self.arrays.stage(self.step_load) for _ in range(STAGES)]
+        for stage in self.stages:
+            stage.limits[:] = self.arrays.sizes.context
         self._stage_steps = [None] * STAGES
+        self._latest: tuple[SessionStep, Sequence[Span]] | None = None
 
     # ---- sequences ----------------------------------------------------------------------------------------------------------
     def acquire(self) -> int:
@@ -227,24 +247,49 @@ class StepSession:
         split: masks will take time; without it the device begins in `sample`.
         Raises: ValueError for more; RuntimeError with the device's text.
         """
-        index = self._count % STAGES
         row = self._count % self.arrays.sizes.steps
-        self._count += 1
-        previous = self._stage_steps[index]
-        if previous is not None:
-            self.collect(previous)
         with self._taking:
             while self._under_way and self._under_way[0].row == row:
                 self._take()
+        step = None
+        if row and not split and self._continues(spans):
+            step = self._go_on(spans, row, keep_logits)
+        if step is None:
+            step = self._start(spans, row, split, keep_logits)
+        self._count += 1
+        self._latest = step, spans
+        self._under_way.append(step)
+        for span in spans:
+            self._used[span.slot] = step
+        return step
+
+    def _continues(self, spans: Sequence[Span]) -> bool:
+        """Whether these are the sequences of the latest step, each with the token that it samples."""
+        if self._latest is None or not self._latest[0].decode or len(spans) != len(self._latest[1]):
+            return False
+        latest, before = self._latest
+        for i, (old, new) in enumerate(zip(before, spans, strict=True)):
+            last = new.last
+            if last is None or last.step is not latest or last.row != i or new.slot != old.slot or new.first != old.first + 1:
+                return False
+            if new.targets or not new.known:
+                return False
+        return True
+
+    def _go_on(self, spans: Sequence[Span], row: int, keep_logits: bool) -> SessionStep | None:
+        found = self.forward.go_on(len(spans), 1 + max(span.first for span in spans))
+        return None if found is None else SessionStep(len(spans), row, True, keep_logits, *found)
+
+    def _start(self, spans: Sequence[Span], row: int, split: bool, keep_logits: bool) -> SessionStep:
+        index = self._count % STAGES
+        previous = self._stage_steps[index]
+        if previous is not None:
+            self.collect(previous)
         stage = self.stages[index]
         rows, decode, context = self._write(stage, spans)
         stage.write_results_to(row)
         rest, place = self.forward.start(self, StartedStep(stage, spans, rows, decode, context, split))
-        step = SessionStep(sum(span.results for span in spans), row, keep_logits, rest, place)
-        self._stage_steps[index] = step
-        self._under_way.append(step)
-        for span in spans:
-            self._used[span.slot] = step
+        step = self._stage_steps[index] = SessionStep(sum(span.results for span in spans), row, decode, keep_logits, rest, place)
         return step
 
     def sample(self, step: SessionStep) -> None:
@@ -308,7 +353,7 @@ class StepSession:
             if span.known:
                 sampled_rows.append(row + count - 1)
         decode = len(tokens) == len(spans) == len(sampled_rows)
-        stage.write(StepBatch(tokens, positions, seq_ids, sampled_rows, self._sampling(spans)))
+        stage.write(StepBatch(tokens, positions, seq_ids, sampled_rows, self._sampling(spans), advance=decode))
         stage.sources[: len(tokens)] = -1
         for row, source in sources:
             stage.sources[row] = source

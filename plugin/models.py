@@ -3,6 +3,7 @@ to find that out (10 s). The engine's own model is mlx-lm's.
 """
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -135,6 +136,14 @@ def register_architecture(architecture: str) -> None:
     from vllm.model_executor.models import ModelRegistry
 
     ModelRegistry.register_model(architecture, _text_model())
+
+
+def register_unknown(architectures: Iterable[str]) -> None:
+    """Likewise for those of a config.json that vLLM does not know either: whether mlx-lm has the model turns out when it is loaded."""
+    from vllm.model_executor.models import ModelRegistry
+
+    for architecture in set(architectures) - ModelRegistry.get_supported_archs():
+        register_architecture(architecture)
 
 
 @cache

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("vllm.metalstep")  # vLLM shows nothing below WARNING from loggers outside of its namespace
 
 WORKER = "metalstep.plugin.worker.MetalstepWorker"
-STEP_ROWS = 512  # metalstep.native_model.PREFILL_ROWS
 
 
 class MetalstepPlatform(Platform):
@@ -99,7 +98,6 @@ class MetalstepPlatform(Platform):
         if vllm_config.model_config is not None:
             vllm_config.model_config.disable_cascade_attn = True
             cls.vocab_size = vllm_config.model_config.get_vocab_size()
-        limit_step(vllm_config.scheduler_config)
         if sys.platform == "darwin":  # a forked process cannot use Metal
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
@@ -119,12 +117,3 @@ def share_cores(vllm_config: Any, options: PluginOptions) -> None:
     ranks = vllm_config.parallel_config.data_parallel_size_local
     if ranks > 1 and (threads := threads_of_rank(options, ranks)) is not None:
         vllm_config.additional_config = {**vllm_config.additional_config, "threads": threads}
-
-
-def limit_step(scheduler: Any) -> None:
-    """At most STEP_ROWS tokens in a step, which is what the engine computes at once: a longer chunk of one prompt gains nothing, and every
-    other request would wait for it. Without chunked prefill a step takes in whole prompts, and the worker computes them in parts."""
-    most = max(STEP_ROWS, scheduler.max_num_seqs)
-    if scheduler.enable_chunked_prefill and scheduler.max_num_batched_tokens > most:
-        logger.info("Steps of at most %d tokens (max_num_batched_tokens was %d)", most, scheduler.max_num_batched_tokens)
-        scheduler.max_num_batched_tokens = most

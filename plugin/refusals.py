@@ -191,7 +191,7 @@ def check_arguments(args: Any) -> None:
     """Of parsed arguments, those of EARLY. Raises: Refusal."""
     for option in OPTIONS:
         value = getattr(args, option.name.removeprefix("--").replace("-", "_"), None)
-        if option.name in EARLY and (value is True or isinstance(value, int) and value > 1):
+        if option.name in EARLY and (value is True or (isinstance(value, int) and value > 1)):
             raise option.refusal(value)
 
 

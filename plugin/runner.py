@@ -48,6 +48,16 @@ class Piece:
 
 
 @dataclass(slots=True)
+class Sample:
+    """Where a step leaves a request's token: the place among its results, and the list and index that it belongs to."""
+
+    step: SessionStep
+    place: int
+    tokens: list[int]
+    index: int
+
+
+@dataclass(slots=True)
 class Work:
     """A vLLM step between its halves. packs: the engine's steps, the first one begun already. states: in the step's order."""
 
@@ -141,16 +151,15 @@ class Runner:
             step = self._begin(pack)
             self._session.sample(step)
             steps.append(step)
-        sampled: dict[str, tuple[SessionStep, int, list[int]]] = {}
+        sampled: dict[str, Sample] = {}
         for pack, step in zip(work.packs, steps, strict=True):
             for piece in pack:
                 if piece.sample >= 0:
                     state = piece.state
+                    sampled[state.req_id] = Sample(step, piece.sample, state.tokens, len(state.tokens))
                     state.tokens.append(UNKNOWN)
                     state.pending = Place(step, piece.sample)
-                    sampled[state.req_id] = step, piece.sample, state.tokens
-        places = {req_id: len(tokens) - 1 for req_id, (_, _, tokens) in sampled.items()}
-        return StepOutput(partial(self._finish, work, steps, sampled, places))
+        return StepOutput(partial(self._finish, work, steps, sampled))
 
     def _write_masks(self, work: Work, grammar: GrammarOutput | None) -> None:
         rows = {} if grammar is None else dict(zip(grammar.structured_output_request_ids, grammar.grammar_bitmask, strict=True))
@@ -171,56 +180,36 @@ class Runner:
                 own.apply(mask, state.tokens[: state.prompt_len], state.tokens[state.prompt_len :])
 
     # ---- when vLLM asks -----------------------------------------------------------------------------------------------------
-    def _finish(
-        self,
-        work: Work,
-        steps: list[SessionStep],
-        sampled: dict[str, tuple[SessionStep, int, list[int]]],
-        places: dict[str, int],
-    ) -> ModelRunnerOutput:
+    def _finish(self, work: Work, steps: list[SessionStep], sampled: dict[str, Sample]) -> ModelRunnerOutput:
         self._session.collect(steps[-1])
-        prompts = {}
         for pack, step in zip(work.packs, steps, strict=True):
             for piece in pack:
                 if piece.prompt_rows:
                     self._keep_prompt_rows(piece, step)
-        tokens: list[list[int]] = []
+        result = StepResult(req_ids=[state.req_id for state in work.states], req_id_to_index={})
         rows: list[Row | None] = []
-        failed = {}
-        for state in work.states:
-            found = sampled.get(state.req_id)
-            if found is None:
-                tokens.append([])
-                rows.append(None)
-                continue
-            step, place, known = found
-            assert step.sampled is not None
-            result = step.sampled[place]
-            if result["status"] != params.MS_SAMPLE_OK:
-                failed[state.req_id] = FAILURES[int(result["status"])]
-                known[places[state.req_id]] = 0
-                tokens.append([])
-                rows.append(None)
-                continue
-            token = int(result["token"])
-            known[places[state.req_id]] = token
-            tokens.append([token])
-            rows.append(self._logprobs(state, step, place))
-            if state.prompt_rows and len(state.prompt_rows) == state.prompt_len - 1:
-                prompts[state.req_id] = prompt_logprob_tensors(
-                    [self._prompt_row(state, *row) for row in state.prompt_rows]
-                )
-                state.prompt_rows = []
-                state.wants_prompt = False
-        req_ids = [state.req_id for state in work.states]
-        return StepResult(
-            req_ids=req_ids,
-            req_id_to_index={req_id: i for i, req_id in enumerate(req_ids)},
-            sampled_token_ids=tokens,
-            logprobs=logprob_lists(rows),
-            prompt_logprobs_dict=prompts,
-            failed=failed,
-        )
+        for index, state in enumerate(work.states):
+            req_id = state.req_id
+            result.req_id_to_index[req_id] = index
+            tokens: list[int] = []
+            row = None
+            if found := sampled.get(req_id):
+                token, _, _, status = found.step.rows[found.place]
+                if status == params.MS_SAMPLE_OK:
+                    tokens.append(token)
+                    row = self._logprobs(state, found.step, found.place)
+                else:
+                    token = 0
+                    result.failed[req_id] = FAILURES[status]
+                found.tokens[found.index] = token
+                if state.prompt_rows and len(state.prompt_rows) == state.prompt_len - 1:
+                    prompt = [self._prompt_row(state, *kept) for kept in state.prompt_rows]
+                    result.prompt_logprobs_dict[req_id] = prompt_logprob_tensors(prompt)
+                    state.prompt_rows, state.wants_prompt = [], False
+            result.sampled_token_ids.append(tokens)
+            rows.append(row)
+        result.logprobs = logprob_lists(rows)
+        return result
 
     def _logprobs(self, state: RequestState, step: SessionStep, place: int) -> Row | None:
         count = state.params.num_logprobs

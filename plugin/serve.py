@@ -5,6 +5,7 @@ Nothing here imports MLX: the engine's process is a fork of this one on Linux, a
 from __future__ import annotations
 
 import argparse
+import asyncio
 import atexit
 import gc
 import logging
@@ -16,15 +17,19 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, NoReturn
 
 from metalstep.cli.errors import CommandError, report
 from metalstep.plugin import engine_errors
 from metalstep.plugin.compat import unsupported
-from metalstep.plugin.parsers import choose_parsers
+from metalstep.plugin.models import register_unknown
+from metalstep.plugin.parsers import choose_parsers, model_file, read_json
 from metalstep.plugin.refusals import check_arguments
 from metalstep.plugin.serve_model import ServeModel, find_model
 
+EXPLAINED = (ValueError, TypeError, KeyError, AssertionError, NotImplementedError, RuntimeError)  # what vLLM raises for wrong options
+STEP_ROWS = 512  # metalstep.native_model.PREFILL_ROWS: a longer chunk of a prompt gains nothing, and everybody else would wait for it
 ENGINE_DIED, WRONG_CALL, INTERRUPTED = 1, 2, 130  # exit statuses
 HELP = """usage: metalstep serve MODEL [any option of `vllm serve`]
 
@@ -76,6 +81,8 @@ def leave(status: int) -> NoReturn:
     """End the process as Python would, short of tearing down its modules: that takes a second, and libraries of torch's print what they
     leaked behind the last message."""
     atexit._run_exitfuncs()  # among them vLLM's, which end its processes
+    if errors := os.environ.get(engine_errors.VARIABLE):
+        Path(errors).unlink(missing_ok=True)  # a signal's handler comes here from inside of `serve`
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError):
@@ -111,7 +118,7 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Any]:
     from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class ServeParser(FlexibleArgumentParser):  # type: ignore[misc,valid-type]
+    class ServeParser(FlexibleArgumentParser):
         def error(self, message: str) -> NoReturn:
             raise CommandError(message, "metalstep serve --help=all")
 
@@ -122,13 +129,15 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, Any]:
 
 
 def apply_model(args: argparse.Namespace, model: ServeModel) -> None:
-    """Put what vLLM and the engine load in place of what the user called MODEL."""
+    """Put what vLLM and the engine load in place of what the user called MODEL, and defaults that fit the engine in place of vLLM's."""
     args.model = args.model_tag = model.path
     if model.weights is not None:
         config = args.additional_config = dict(args.additional_config or {})
         config.setdefault("model", model.weights)
     if model.name is not None and not args.served_model_name:
         args.served_model_name = [model.name]
+    if args.max_num_batched_tokens is None and args.enable_chunked_prefill is not False:
+        args.max_num_batched_tokens = max(STEP_ROWS, args.max_num_seqs or 0)
     if args.dtype == "auto" and args.kv_cache_dtype in ("float16", "bfloat16"):
         args.dtype = args.kv_cache_dtype  # vLLM 0.33 wants the two to be alike; the engine's activations are float32 in any case
 
@@ -139,6 +148,7 @@ def run(args: argparse.Namespace, command: Any, errors: str) -> int:
 
     configure_logging_from_args(args)
     engine_errors.install()
+    register_unknown(read_json(model_file(args.model, "config.json")).get("architectures") or ())
     if not args.headless:
         choose_parsers(args)
     command.validate(args)
@@ -188,11 +198,12 @@ def alone(args: argparse.Namespace) -> bool:
 def serve_alone(args: argparse.Namespace) -> int | None:
     """vLLM's server until it ends. Returns: the signal that ended it, or None: the engine died."""
     import uvloop
-    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.api_server.entry import run_server_worker, setup_server
+    from vllm.utils.system_utils import decorate_logs
 
     received: list[int] = []
 
-    class Loop(uvloop.Loop):  # type: ignore[misc]
+    class Loop(uvloop.Loop):
         """Remembers which signal vLLM's handlers were called for: to vLLM all ends are alike."""
 
         def add_signal_handler(self, sig: int, callback: Callable[..., Any], *arguments: Any) -> None:
@@ -202,14 +213,30 @@ def serve_alone(args: argparse.Namespace) -> int | None:
 
             super().add_signal_handler(sig, noted)
 
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
+    def stop(number: int, frame: object) -> NoReturn:
+        if number == signal.SIGINT:
+            print(file=sys.stderr)
+        leave(status_of(number))
 
     for name in ("vllm.v1.engine.async_llm", "vllm.entrypoints.launchers.launcher"):
         # They take the engine's end, which they themselves bring about on a signal, for a failure.
         logging.getLogger(name).addFilter(lambda record: not (received and record.levelno >= logging.WARNING))
-    signal.signal(signal.SIGINT, interrupt)  # while the engine starts: at once, where asyncio's would wait for the main task
-    uvloop.run(run_server(args), loop_factory=Loop)
+    # While the engine starts, and not by an exception: the wait for the engine drops those of signal handlers (pyzmq 27).
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
+    decorate_logs("APIServer", skip_if_decorated=True)
+    try:
+        address, listener = setup_server(args, reuse_port=False)
+    except OSError as error:
+        where = args.uds or f"{args.host or ''}:{args.port}"
+        raise CommandError(f"{where}: {error.strerror or error}", "choose another --host or --port") from error
+    loop = Loop()
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_until_complete(run_server_worker(address, listener, args))
+    except BaseException:
+        if not received:  # else what was under way when the engine was stopped
+            raise
     return received[0] if received else None
 
 
@@ -222,12 +249,14 @@ def one_line_errors(errors: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise CommandError(" ".join(str(error).split())) from error
-    except (ValueError, TypeError, KeyError, AssertionError, NotImplementedError, RuntimeError) as error:
+    except Exception as error:
         if (found := engine_errors.read(errors)) is not None:
             text, hint = found
             raise CommandError(f"the engine failed: {text}", hint) from error
         if (codes := str(error).partition("Failed core proc(s): ")[2]) not in ("", "{}"):
             raise CommandError(f"the engine's process ended while it started: {codes}") from error
+        if not isinstance(error, EXPLAINED) and not type(error).__module__.startswith("vllm."):
+            raise
         text, hint = message_of(error)
         raise CommandError(text, hint) from error
 

@@ -37,6 +37,15 @@ def cpu_seconds(pid: int) -> float:
     return sum(found[1] for one in tree(pid) if (found := _name_and_cpu(one)) is not None)
 
 
+def machine_cpu_seconds() -> float | None:
+    """Processor time that the machine has given to anyone since its start, other machines on the same cores included; None if unknown."""
+    try:
+        user, nice, system, _, _, irq, softirq, steal = map(int, (PROC / "stat").read_text().split("\n")[0].split()[1:9])
+    except OSError:
+        return None
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
 def tree(pid: int) -> list[int]:
     """`pid` and its descendants, parents first."""
     children: dict[int, list[int]] = {}

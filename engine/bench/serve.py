@@ -18,7 +18,7 @@ from typing import Any
 
 from metalstep.bench.json_process import JsonProcess
 from metalstep.bench.machine import machine
-from metalstep.bench.process_tree import cpu_seconds, totals
+from metalstep.bench.process_tree import cpu_seconds, machine_cpu_seconds, totals
 from metalstep.bench.prompts import Prompts
 from metalstep.bench.rounds import Case, Contender, Progress, Runs, alternate
 from metalstep.bench.serve_process import ServerProcess, metalstep_command
@@ -175,6 +175,29 @@ def started(start: Callable[[], ServerProcess], times: int, progress: Callable[[
                 yield Started(server, ready_s, totals(server.usage()))
 
 
+@dataclass(frozen=True)
+class Clocks:
+    """Seconds: of the wall, and of processors. idle: of processes that should idle. own: of this one and all that it started."""
+
+    wall: float
+    idle: float
+    own: float
+    machine: float | None
+
+    @classmethod
+    def now(cls, idle: Sequence[int]) -> Clocks:
+        return cls(time.perf_counter(), sum(map(cpu_seconds, idle)), cpu_seconds(os.getpid()), machine_cpu_seconds())
+
+    def since(self, before: Clocks) -> dict[str, float | None]:
+        """idle_cpu and elsewhere_cpu in cores, see `Turns.measure`."""
+        seconds = self.wall - before.wall
+        if self.machine is None or before.machine is None:
+            elsewhere = None
+        else:
+            elsewhere = max(0.0, self.machine - before.machine - (self.own - before.own)) / seconds
+        return {"idle_cpu": (self.idle - before.idle) / seconds, "elsewhere_cpu": elsewhere}
+
+
 @dataclass
 class Turns:
     """Runs one contender while the others idle."""
@@ -190,13 +213,12 @@ class Turns:
         self._names = {name: server.model_name() for name, server in self.servers.items()}
 
     def measure(self, contender: Contender, prompts: list[list[int]], case: Case) -> dict[str, Any]:
-        """One run: seconds and tokens; a server's also streams, of `batch_generate` also prompt_s. idle_cpu: the share of a core that
-        those took which should have idled."""
-        others = [server.pid for name, server in self.servers.items() if name != contender.engine]
-        if contender.engine != GENERATE:
-            others.append(self.generate.pid)
+        """One run: seconds and tokens; a server's also streams, of `batch_generate` also prompt_s. idle_cpu: what those took, in cores,
+        that should have idled. elsewhere_cpu: what programs took that are not measured here, None where the system does not tell."""
+        pids = {**{name: server.pid for name, server in self.servers.items()}, GENERATE: self.generate.pid}
+        idle = [pid for name, pid in pids.items() if name != contender.engine]
         time.sleep(SETTLE)
-        before = sum(map(cpu_seconds, others))
+        before = Clocks.now(idle)
         if contender.engine == GENERATE:
             found = self.generate.ask({"prompts": self._ids(prompts), "tokens": case.tokens + 1})
         else:
@@ -206,7 +228,7 @@ class Turns:
             found["tokens"] = sum(stream["tokens"] for stream in found["streams"])
         if found["tokens"] != case.batch * (case.tokens + 1):
             raise RuntimeError(f"{contender.name} gave {found['tokens']} tokens, expected {case.batch * (case.tokens + 1)}")
-        return {**found, "idle_cpu": (sum(map(cpu_seconds, others)) - before) / found["seconds"]}
+        return {**found, **Clocks.now(idle).since(before)}
 
     def _ids(self, prompts: list[list[int]]) -> list[list[int]]:
         """The tokens that a server makes of them."""
@@ -270,6 +292,7 @@ def case_row(case: Case, contender: Contender, runs: list[dict[str, Any]]) -> di
         "tok_s": summary([rate(run) for run in runs]),
         "itl_ms": summary([step_seconds(case, run) * 1e3 for run in runs], best="min"),
         "idle_cpu_of_others": max(run["idle_cpu"] for run in runs),
+        "elsewhere_cpu": [run["elsewhere_cpu"] for run in runs],
     }
     if contender.engine == GENERATE:
         row["ttft_ms"] = summary([run["prompt_s"] * 1e3 for run in runs], best="min")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import Any
 
 from metalstep.bench.serve import GENERATE, SERVER, VLLM, Plan, bench_serve
@@ -22,6 +23,7 @@ RATES = {1: None, 8: 0.80, 32: 0.85}
 RATES_VLLM = {8: 1.5, 32: 1.0}
 ITL = 1.1  # times the step of batch_generate, one stream
 IDLE = 0.05  # of a core, by a process that should have waited; more disturbs the others
+ELSEWHERE = 0.2  # cores, by programs that are not measured
 
 
 def parser() -> Parser:
@@ -108,6 +110,12 @@ def describe(result: dict[str, Any]) -> list[str]:
     busiest = max(row["idle_cpu_of_others"] for row in result["cases"])
     if busiest > IDLE:
         lines.append(f"warning: a process that should have idled took {busiest:.0%} of a core, so these numbers disturb each other")
+    elsewhere = [cores for row in result["cases"] for cores in row["elsewhere_cpu"] if cores is not None]
+    if elsewhere and max(elsewhere) > ELSEWHERE:
+        lines.append(
+            f"warning: other programs took {statistics.median(elsewhere):.1f} cores in the median run and up to {max(elsewhere):.1f}: "
+            "these numbers are not of this machine alone"
+        )
     return lines
 
 

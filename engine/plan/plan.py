@@ -65,15 +65,22 @@ class Plan:
         """What is behind `forward`."""
         return self._device.create_plan(self._launches(["sample"]), self.shape.tokens, self.shape.sampled)
 
+    @cached_property
+    def again(self) -> NativePlan:
+        """The step of the same sequences, each with the token that the step before has sampled, where that had MSStep.advance set."""
+        return self._device.create_plan(self._behind(self._launches(["step_advance"])), self.shape.tokens, self.shape.sampled)
+
     def _staged(self, part: str, stage: StepStage) -> NativePlan:
         key = (part, stage)
         if key not in self._of_stages:
-            first, *others = [e.launch for e in self.launches if e.ops not in (["sample"], ["step_advance"])]
-            launches = [*stage.load, replace(first, barrier=True), *others]
-            if part == "whole":
-                launches += self._launches(["sample"])
+            launches = self._behind(stage.load, sample=part == "whole")
             self._of_stages[key] = self._device.create_plan(launches, self.shape.tokens, self.shape.sampled)
         return self._of_stages[key]
+
+    def _behind(self, inputs: list[Launch], *, sample: bool = True) -> list[Launch]:
+        """The step's launches, behind those that make its inputs."""
+        first, *others = [entry.launch for entry in self.launches if entry.ops not in (["sample"], ["step_advance"])]
+        return [*inputs, replace(first, barrier=True), *others, *(self._launches(["sample"]) if sample else [])]
 
     def _launches(self, ops: list[str]) -> list[Launch]:
         return [entry.launch for entry in self.launches if entry.ops == ops]
@@ -82,6 +89,8 @@ class Plan:
         """Make what runs: the step that makes its own next inputs, or those of `stages`. Else the first run does."""
         for stage in stages:
             self.whole(stage)
+        if stages and self.shape.tokens == self.shape.sampled:
+            self.again  # noqa: B018
         if not stages:
             self._native  # noqa: B018
 
@@ -130,7 +139,7 @@ class Plan:
 
     def close(self) -> None:
         made = self.__dict__
-        for native in [*made.get("_native", ()), *self._of_stages.values(), *filter(None, [made.get("sampler")])]:
+        for native in [*made.get("_native", ()), *self._of_stages.values(), *filter(None, map(made.get, ("sampler", "again")))]:
             native.close()
 
 

@@ -22,6 +22,7 @@ from metalstep.bench.serve import (
     GENERATE,
     SERVER,
     VLLM,
+    Clocks,
     Plan,
     cached_token_bytes,
     case_row,
@@ -168,16 +169,17 @@ def test_an_answer_that_is_not_streamed_is_refused():
         dechunked([])
 
 
+QUIET = {"idle_cpu": 0.0, "elsewhere_cpu": 0.01}
 CASE = Case(2, 16, 10)  # 11 tokens of each of two streams
 
 
 def http_run(seconds, step, *, first=0.5):
     stream = {"first_s": first, "last_s": first + 10 * step, "gaps_s": [step] * 10, "tokens": 11}
-    return {"seconds": seconds, "tokens": 22, "streams": [stream, stream], "idle_cpu": 0.0}
+    return {"seconds": seconds, "tokens": 22, "streams": [stream, stream], **QUIET}
 
 
 def generate_run(seconds, prompt_s):
-    return {"seconds": seconds, "tokens": 22, "prompt_s": prompt_s, "idle_cpu": 0.0}
+    return {"seconds": seconds, "tokens": 22, "prompt_s": prompt_s, **QUIET}
 
 
 def test_rates_include_the_prompts_and_steps_do_not():
@@ -210,7 +212,7 @@ def made_up_result():
     runs = {
         (case, Contender(SERVER)): [{**http_run(2.0, 0.1), "tokens": 88}],
         (case, Contender(GENERATE)): [{**generate_run(1.0, 0.1), "tokens": 88}],
-        (case, Contender(VLLM)): [{**http_run(4.0, 0.3), "tokens": 88, "idle_cpu": 0.5}],
+        (case, Contender(VLLM)): [{**http_run(4.0, 0.3), "tokens": 88, "idle_cpu": 0.5, "elsewhere_cpu": 1.25}],
     }
     memory = totals([Usage(1, "a", 3 << 20, 1 << 20, 2 << 20, 0.0)])
     server = {"ready_s": {"samples": [9.0, 8.0]}, "memory_ready": memory, "memory_end": memory, "processes": [], "idle_cpu": 0.001}
@@ -232,6 +234,16 @@ def test_the_summary_says_which_bars_are_met_and_who_disturbed():
     assert "metalstep serve / vllm serve, 8 streams: 2.00× tok/s" in text
     assert "tok/s at least 1.50×: yes" in text
     assert "warning: a process that should have idled took 50% of a core" in text
+    assert "warning: other programs took 0.0 cores in the median run and up to 1.2" in text
+
+
+def test_what_runs_elsewhere_is_what_the_machine_gave_to_others():
+    before = Clocks(wall=10.0, idle=1.0, own=5.0, machine=100.0)
+    assert Clocks(12.0, 1.5, 7.0, 103.0).since(before) == {"idle_cpu": 0.25, "elsewhere_cpu": 0.5}
+    assert Clocks(12.0, 1.0, 7.0, 101.9).since(before) == {"idle_cpu": 0.0, "elsewhere_cpu": 0.0}  # clocks tick in hundredths
+    assert Clocks(12.0, 1.0, 7.0, None).since(before)["elsewhere_cpu"] is None
+    now = Clocks.now([os.getpid()])
+    assert now.idle == pytest.approx(now.own, abs=0.5)
 
 
 def test_flags_of_the_server_stand_behind_two_dashes():

@@ -217,3 +217,40 @@ def test_the_metal_device_gives_what_its_engine_gives(tmp_path, monkeypatch):
     served, session = session_of(directory, **options)
     assert outputs(Driver(session, BLOCKS, Random(8), rows=16), wanted) == expected
     served.close()
+
+
+
+def test_the_device_makes_the_inputs_of_steady_decodes(pair, monkeypatch):
+    """Over the ends of blocks and of the rows of results, with penalties, whose counts are the device's too."""
+    engine, session = pair
+    made = []
+    go_on = session.forward.go_on
+    monkeypatch.setattr(session.forward, "go_on", lambda *given: made.append(given) or go_on(*given))
+    prompts, steps = [TEXT[:4], TEXT[4:25]], 90
+    sampling = [SamplingParams(temperature=0.9, seed=i, repetition_penalty=1.2, frequency_penalty=0.3) for i in range(2)]
+    slots = [session.acquire() for _ in prompts]
+    for i, (slot, prompt) in enumerate(zip(slots, prompts, strict=True)):
+        session.fill(slot, sampling[i], prompt, len(prompt), frozenset())
+        for group in range(session.arrays.sizes.groups):
+            first = 1 + 8 * (2 * group + i)
+            session.set_blocks(slot, group, 0, range(first, first + 8))
+    under_way = [session.begin([Span(s, 0, p, known=len(p)) for s, p in zip(slots, prompts, strict=True)])]
+    session.sample(under_way[0])
+    got = [[], []]
+    for k in range(1, steps + 1):
+        if k < steps:
+            last = [Place(under_way[-1], i) for i in range(2)]
+            lengths = [len(prompt) + k for prompt in prompts]
+            spans = [Span(slot, n - 1, [-1], place, known=n) for slot, n, place in zip(slots, lengths, last, strict=True)]
+            under_way.append(session.begin(spans))
+            session.sample(under_way[-1])
+        session.collect(under_way[0])
+        for i in range(2):
+            got[i].append(under_way[0].rows[i][0])
+        del under_way[0]
+    for slot in slots:
+        session.release(slot)
+    rows = session.arrays.sizes.steps
+    assert len(made) == steps - 1 - 1 - sum((session._count - k) % rows == 0 for k in range(1, steps - 1))
+    for prompt, params_, tokens in zip(prompts, sampling, got, strict=True):
+        assert tokens == [output.token for output in engine.submit(Request(prompt, params_, steps))]

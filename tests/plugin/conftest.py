@@ -20,7 +20,7 @@ FLAGS = ["--max-model-len", "2048", "--max-logprobs", "-1", "--enable-prompt-tok
 FLAGS += ["--tool-call-parser", "hermes", "--enable-sleep-mode", "--disable-uvicorn-access-log"]
 KEY = "a secret"
 ORIGIN = "https://page.example"
-KV_TOKENS = 1500  # room of the other server's cache: too little for its 64 requests at once
+KV_TOKENS = 800  # room of the other server's cache: too little for its 64 requests at once
 
 if not HAS_VLLM:
     collect_ignore_glob = ["test_*.py"]
@@ -54,13 +54,13 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="session")
 def other_server(certificate: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """TLS, a key, a path, an origin; chunks of 64 tokens, steps one after the other, no prefix cache, blocks of 32, little memory."""
+    """TLS, a key, a path, an origin; chunks of 64 tokens, steps one after the other, no prefix cache, little memory."""
     from server import Server
 
     key, signed = certificate
     flags = ["--api-key", KEY, "--root-path", "/behind", "--allowed-origins", f'["{ORIGIN}"]']
     flags += ["--ssl-keyfile", str(key), "--ssl-certfile", str(signed), "--max-logprobs", "-1"]
-    flags += ["--max-num-batched-tokens", "64", "--no-async-scheduling", "--no-enable-prefix-caching", "--block-size", "32"]
+    flags += ["--max-num-batched-tokens", "64", "--no-async-scheduling", "--no-enable-prefix-caching", "--block-size", "16"]
     flags += ["--max-model-len", "auto", "--kv-cache-memory-bytes", str(KV_TOKENS * 23040), "--served-model-name", MODEL, "other"]
     flags += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--max-num-seqs", "48", "--disable-uvicorn-access-log"]
     started = Server([MODEL, *flags], tmp_path_factory.mktemp("other_server") / "log.txt", tls=True)

@@ -79,6 +79,9 @@ class HashForward:
             self._logits[result, self._token(session, int(row))] = PEAK
         return plan, self._logits
 
+    def go_on(self, rows: int, context: int) -> None:
+        """It looks at every input."""
+
     def release(self, slot: int) -> None:
         """The store has nothing that is one slot's."""
 

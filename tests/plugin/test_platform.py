@@ -17,7 +17,7 @@ from metalstep.kernels.linear import ARITHMETIC
 from metalstep.kv_cache import BLOCK_SIZE
 from metalstep.model import DEFAULT_DEVICE, DEVICES
 from metalstep.native_model import PREFILL_ROWS
-from metalstep.plugin import compat, models, options, platform, refusals
+from metalstep.plugin import compat, models, options, platform, refusals, serve
 from metalstep.plugin.options import OptionError, PluginOptions, parse_options, threads_of_rank
 
 
@@ -45,20 +45,6 @@ def test_a_server_gets_metalsteps_worker_in_the_engines_process_and_steps_ahead(
     assert config.cache_config.enable_prefix_caching
     assert config.scheduler_config.enable_chunked_prefill
     assert current_platform.support_hybrid_kv_cache()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "tokens"),
-    [
-        ({}, PREFILL_ROWS),
-        ({"max_num_batched_tokens": 4096}, PREFILL_ROWS),
-        ({"max_num_batched_tokens": 64, "max_num_seqs": 8}, 64),
-        ({"max_num_seqs": 1024}, 1024),  # a step has a row for each sequence at least
-        ({"enable_chunked_prefill": False}, 4096),  # whole prompts were asked for
-    ],
-)
-def test_a_long_prompt_does_not_make_steps_longer_than_the_engine_computes_at_once(folder, arguments, tokens):
-    assert configure(folder, **arguments).scheduler_config.max_num_batched_tokens == tokens
 
 
 def test_as_many_sequences_run_at_once_as_vllm_says(folder):
@@ -159,7 +145,7 @@ def test_vllms_own_switch_makes_results_batch_invariant(monkeypatch):
 def test_what_is_written_down_twice_to_keep_mlx_out_is_the_same():
     assert options.DEVICES == DEVICES
     assert set(options.ARITHMETIC) == set(ARITHMETIC)
-    assert platform.STEP_ROWS == PREFILL_ROWS
+    assert serve.STEP_ROWS == PREFILL_ROWS
     assert refusals.BLOCK_SIZE == BLOCK_SIZE
 
 
@@ -191,6 +177,13 @@ def test_vllm_takes_every_architecture_for_one_that_generates_text_from_text():
         assert info is not None and info.architecture == "MetalstepForCausalLM", architecture
         assert info.is_text_generation_model and not info.is_pooling_model
         assert not (info.supports_multimodal or info.is_hybrid or info.has_inner_state or info.is_attention_free)
+
+
+def test_an_architecture_that_nobody_knows_can_be_tried_and_known_ones_keep_their_class(tmp_path):
+    models.register_unknown(["BrandNewForCausalLM", "BertModel"])
+    assert ModelRegistry._try_inspect_model_cls("BrandNewForCausalLM").is_text_generation_model
+    assert getattr(ModelRegistry.models["BertModel"], "model_cls", None) is not models._text_model()
+    configure(config_folder(tmp_path, architectures=["BrandNewForCausalLM"]))
 
 
 @pytest.mark.parametrize(("found", "works"), [("0.32.0", True), ("0.33.1+cpu", True), ("0.31.9", False), ("0.34.0", False)])

@@ -26,7 +26,6 @@ def folder(tmp_path_factory):
     ("arguments", "message"),
     [
         ({"tensor_parallel_size": 2}, "--tensor-parallel-size 2: an engine runs on one device"),
-        ({"enable_lora": True}, "--enable-lora: adapters are not supported"),
         ({"speculative_config": {"method": "ngram", "num_speculative_tokens": 3}}, "--speculative-config: speculative decoding"),
         ({"runner": "pooling"}, "--runner pooling: models generate text"),
         ({"enable_prompt_embeds": True}, "--enable-prompt-embeds: prompts are tokens"),
@@ -60,7 +59,7 @@ def test_an_option_is_refused_at_start_up_by_name(folder, arguments, message):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"kv_cache_dtype": "bfloat16"},
+        {"kv_cache_dtype": "bfloat16", "dtype": "bfloat16"},
         {"kv_cache_dtype": "float16"},
         {"dtype": "float32"},
         {"block_size": 64},
@@ -117,11 +116,19 @@ def test_every_name_is_an_option_of_vllms():
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize("name", ["tensor_parallel_size", "pipeline_parallel_size", "decode_context_parallel_size"])
-def test_arguments_that_vllm_would_explain_in_its_own_words_are_refused_before(name):
-    with pytest.raises(refusals.Refusal, match=f"--{name.replace('_', '-')} 2: an engine runs on one device; run several engines"):
-        refusals.check_arguments(SimpleNamespace(**{name: 2}))
-    refusals.check_arguments(SimpleNamespace(tensor_parallel_size=1))
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("tensor_parallel_size", 2, "--tensor-parallel-size 2: an engine runs on one device; run several engines"),
+        ("pipeline_parallel_size", 2, "--pipeline-parallel-size 2: an engine runs on one device; run several engines"),
+        ("enable_expert_parallel", True, "--enable-expert-parallel: an engine has all experts on its one device"),
+        ("enable_lora", True, "--enable-lora: adapters are not supported; fuse it with `mlx_lm.fuse`"),
+    ],
+)
+def test_arguments_that_vllm_would_explain_in_its_own_words_are_refused_before(name, value, message):
+    with pytest.raises(refusals.Refusal, match=message):
+        refusals.check_arguments(SimpleNamespace(**{name: value}))
+    refusals.check_arguments(SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1, enable_lora=False))
 
 
 @pytest.mark.parametrize(

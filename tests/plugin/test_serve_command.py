@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 from importlib.metadata import EntryPoint
@@ -16,6 +17,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from metalstep.cli import main as command
 from metalstep.cli.errors import CommandError
+from metalstep.native_model import PREFILL_ROWS
 from metalstep.plugin import compat, engine_errors, serve
 from metalstep.plugin.refusals import Refusal
 from metalstep.plugin.serve_model import ServeModel
@@ -152,6 +154,17 @@ def test_a_model_that_vllm_reads_itself_is_passed_on():
 
 
 @pytest.mark.parametrize(
+    ("argv", "dtype"),
+    [([], "auto"), (["--kv-cache-dtype", "bfloat16"], "bfloat16"), (["--kv-cache-dtype", "bfloat16", "--dtype", "half"], "half")],
+)
+def test_a_dtype_of_the_kv_cache_alone_is_enough(argv, dtype):
+    """vLLM 0.33 wants activations of the same type, and what it says of those has no effect here."""
+    args = parse("model", *argv)
+    serve.apply_model(args, ServeModel("model"))
+    assert args.dtype == dtype
+
+
+@pytest.mark.parametrize(
     ("argv", "alone"),
     [
         ([], True),
@@ -169,10 +182,9 @@ def test_vllms_supervisor_runs_where_there_are_several_processes(argv, alone):
 
 def test_errors_are_without_pydantics_wrapping(folder):
     with pytest.raises(ValueError) as error:
-        EngineArgs(model=folder, enable_lora=True).create_engine_config()
+        EngineArgs(model=folder, enable_prompt_embeds=True).create_engine_config()
     text, hint = serve.message_of(error.value)
-    assert text == "--enable-lora: adapters are not supported"
-    assert hint == "fuse it with `mlx_lm.fuse` and serve the result"
+    assert (text, hint) == ("--enable-prompt-embeds: prompts are tokens", "send text or token ids")
     with pytest.raises(ValueError) as error:
         EngineArgs(model=folder, max_model_len=10**9).create_engine_config()
     assert serve.message_of(error.value)[0].startswith("User-specified max_model_len (1000000000) is greater than")
@@ -217,6 +229,11 @@ def test_without_an_error_of_the_engines_there_is_none_to_read(tmp_path):
     assert engine_errors.read(str(tmp_path / "empty")) is None
 
 
+def test_an_error_that_nobody_foresaw_keeps_its_traceback(tmp_path):
+    with pytest.raises(ZeroDivisionError), serve.one_line_errors(str(tmp_path / "none")):
+        raise ZeroDivisionError
+
+
 def test_an_engine_that_is_gone_without_a_word_is_named(tmp_path):
     gone = "Engine core initialization failed. See root cause above. Failed core proc(s): {'EngineCore': -9}"
     message = r"the engine's process ended while it started: {'EngineCore': -9}"
@@ -251,10 +268,27 @@ def test_an_engine_that_died_is_the_last_line_and_a_failure(tmp_path, monkeypatc
     assert sys.stderr.getvalue().splitlines()[-1] == "error: the engine died: its process is gone, perhaps for want of memory"
 
 
+def test_a_port_in_use_is_named(tmp_path):
+    args, _ = serve.parse([config_folder(tmp_path), "--host", "127.0.0.1", "--port", "0"])
+    args.model = args.model_tag
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        args.port = taken.getsockname()[1]
+        try:
+            with pytest.raises(CommandError, match=f"127.0.0.1:{args.port}: Address already in use") as error:
+                serve.serve_alone(args)
+        finally:
+            signal.signal(signal.SIGINT, handlers[0])
+            signal.signal(signal.SIGTERM, handlers[1])
+    assert error.value.hint == "choose another --host or --port"
+
+
 def test_a_refused_option_is_one_line_and_a_hint_on_stderr(folder):
-    status, _, err = cli(folder, "--enable-lora", "--port", "0", VLLM_LOGGING_LEVEL="ERROR")
+    status, _, err = cli(folder, "--enable-prompt-embeds", "--port", "0", VLLM_LOGGING_LEVEL="ERROR")
     assert status == 2
-    assert err.endswith("error: --enable-lora: adapters are not supported\nhint: fuse it with `mlx_lm.fuse` and serve the result\n")
+    assert err.endswith("error: --enable-prompt-embeds: prompts are tokens\nhint: send text or token ids\n")
     assert "Traceback" not in err
 
 
@@ -265,3 +299,18 @@ def test_help_is_vllms_with_a_word_of_metalsteps(capsys):
     out = capsys.readouterr().out
     assert out.startswith("usage: metalstep serve MODEL")
     assert "--root-path ROOT_PATH" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "tokens"),
+    [
+        ([], PREFILL_ROWS),
+        (["--max-num-batched-tokens", "4096"], 4096),  # the user's word: the worker computes such a step in parts
+        (["--max-num-seqs", "1024"], 1024),  # a step has a row for each sequence at least
+        (["--no-enable-chunked-prefill"], None),  # whole prompts were asked for
+    ],
+)
+def test_a_long_prompt_does_not_make_steps_longer_than_the_engine_computes_at_once(arguments, tokens):
+    args = parse("model", *arguments)
+    serve.apply_model(args, ServeModel("model"))
+    assert args.max_num_batched_tokens == tokens
