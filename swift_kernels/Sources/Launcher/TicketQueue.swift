@@ -38,6 +38,7 @@ final class TicketQueue {
   private var lastFinished: UInt64 = 0
   private var isBusy = false  // some thread is running a job, or has the queue for itself
   private var isClosed = false
+  private var wakesAt = UInt64.max  // the lowest ticket that a sleeper waits for; 0: whatever happens next
   private var waitsComeLate = false
   private var isRunnerWanted = false
   private var runner: pthread_t?
@@ -78,8 +79,10 @@ final class TicketQueue {
           throw .timeout("wait: ticket \(ticket) has not finished in time; wait for it again")
         }
         if !isBusy { try wantRunner() }
+        wakesAt = min(wakesAt, ticket)
         finished.wait(lock, until: deadline)
-      } else if isBusy {
+      } else if isBusy || isRunnerWanted {
+        wakesAt = min(wakesAt, ticket)
         finished.wait(lock)
       } else {
         runFirst()
@@ -94,7 +97,12 @@ final class TicketQueue {
     defer { lock.unlock() }
     while isBusy || !entries.isEmpty {
       try checkOpen()
-      if isBusy { finished.wait(lock) } else { runFirst() }
+      if isBusy {
+        wakesAt = 0
+        finished.wait(lock)
+      } else {
+        runFirst()
+      }
     }
     try checkOpen()
     isBusy = true
@@ -111,7 +119,10 @@ final class TicketQueue {
     entries.removeAll()
     finished.broadcast()
     wanted.broadcast()
-    while isBusy { finished.wait(lock) }
+    while isBusy {
+      wakesAt = 0
+      finished.wait(lock)
+    }
     let thread = runner
     runner = nil
     lock.unlock()
@@ -135,9 +146,14 @@ final class TicketQueue {
     becomeIdle()
   }
 
+  /// Sleepers are left alone until there is something for them: awake for each job, they would take a processor from the
+  /// pool. One that finds the next job unclaimed runs it.
   private func becomeIdle() {
     isBusy = false
-    finished.broadcast()
+    if lastFinished >= wakesAt || (!entries.isEmpty && !isRunnerWanted) {
+      wakesAt = .max
+      finished.broadcast()
+    }
     if isRunnerWanted { wanted.signal() }
   }
 
