@@ -122,7 +122,7 @@ class Plan:
         native = self._prepare()
         native.wait(native.run(steps))
 
-    @property
+    @cached_property
     def place_of_logits(self) -> np.ndarray:
         """Where a step with inputs from a stage leaves its logits: float32 [max_sampled, vocab], valid until the next step of any plan."""
         return self._device.numpy(self._lowered.logits, np.float32, (self.shape.sampled, self._lowered.logits.shape[1]))
