@@ -64,6 +64,8 @@ class ServedModel:
             self._fall_back(error, device_opened)
         except BaseException:
             self.close()
+            if device_opened is not None:
+                device_opened.close()
             raise
 
     @property
@@ -176,6 +178,3 @@ class ServedModel:
             self._checkpoint.close()
             raise
         self.kv_dtype = cache_dtype(self._skeleton, eager_dtype())
-
-
-__all__ = ["BLOCK_SIZE", "CacheGroup", "ServedModel"]

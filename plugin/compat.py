@@ -5,6 +5,8 @@ What the code does for both releases alike, where they ask for different things:
 - WorkerBase.set_kv_cache_layout takes a second argument since 0.33; worker.py inherits it.
 - A grammar's bitmask has one row per request in 0.32 and 1 + num_speculative_tokens in 0.33: the same without speculative decoding,
   which is refused.
+- Options that only 0.33 has (--monokernel, --sleep-mode-backend, --watchdog-config) count as not given in 0.32; refusals.py looks for
+  the first two, and the third is vLLM's own doing.
 """
 from __future__ import annotations
 

@@ -6,6 +6,8 @@ import logging
 import os
 from pathlib import Path
 
+from metalstep.cli.errors import split_hint
+
 # Names a file, for the processes below `metalstep serve`: nothing for users to set.
 VARIABLE = "METALSTEP_ENGINE_ERRORS"
 LOGGER = "vllm.v1.engine.core"  # which logs the exception that ends an engine
@@ -49,6 +51,6 @@ def describe(error: BaseException) -> dict[str, str | None]:
     """The error as one line and, of metalstep's own, what to do apart from it."""
     text = " ".join(str(error).split())
     if type(error).__module__.startswith("metalstep."):
-        head, semicolon, tail = text.rpartition("; ")
-        return {"error": head, "hint": tail} if semicolon else {"error": text, "hint": None}
+        text, hint = split_hint(text)
+        return {"error": text, "hint": hint}
     return {"error": f"{type(error).__name__}: {text}" if text else type(error).__name__, "hint": None}

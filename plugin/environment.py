@@ -67,6 +67,13 @@ def pip(*arguments: str) -> None:
         raise CommandError(f"pip {arguments[0]}: {message}", hint)
 
 
+def pip_default_index() -> list[str]:
+    """The index that pip asks when its settings name none; nothing where this pip does not tell."""
+    program = "from pip._internal.models.index import PyPI; print(PyPI.simple_url)"
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return told.stdout.split() if told.returncode == 0 else []
+
+
 def pip_offers(requirement: str) -> bool:
     """Whether pip would find this requirement, which is one package without its own requirements."""
     return subprocess.run([*PIP, "install", "--quiet", "--dry-run", "--no-deps", requirement], capture_output=True).returncode == 0

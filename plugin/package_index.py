@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from metalstep.cli.errors import CommandError
+from metalstep.plugin.environment import pip_default_index
 
-INDEX = "https://pypi.org/simple"  # pip's own default
 ACCEPT = "application/vnd.pypi.simple.v1+json, text/html;q=0.1"
 CHUNK = 1 << 20  # bytes
 SECONDS = 60.0  # that a server may be silent
@@ -68,7 +68,7 @@ def places(project: str, settings: dict[str, list[str]]) -> list[str]:
     links = settings.get("find-links", [])
     if settings.get("no-index", ["0"])[0].lower() in ("1", "true", "yes", "on"):
         return links
-    indexes = settings.get("index-url", [INDEX]) + settings.get("extra-index-url", [])
+    indexes = (settings.get("index-url") or pip_default_index()) + settings.get("extra-index-url", [])
     return [*links, *(f"{index.rstrip('/')}/{project}/" for index in indexes)]
 
 

@@ -138,7 +138,6 @@ OPTIONS = (
     Option("--ec-transfer-config", part("ec_transfer_config"), *TEXT_ALONE),
     Option("--kv-cache-dtype", field("cache_config.cache_dtype", *KV_DTYPES), "the KV cache is float16 or bfloat16", "choose one of these"),
     Option("--kv-cache-dtype-skip-layers", any_of("cache_config.kv_cache_dtype_skip_layers"), "all layers have one KV dtype"),
-    Option("--calculate-kv-scales", field("cache_config.calculate_kv_scales"), "the KV cache is not quantised"),
     Option("--kv-sharing-fast-prefill", field("cache_config.kv_sharing_fast_prefill"), "prefill computes every layer"),
     Option("--block-size", block_size, f"blocks have {BLOCK_SIZE} tokens or a multiple", "choose 16, 32 or 64"),
     Option(
@@ -146,6 +145,7 @@ OPTIONS = (
         any_of("model_config.sleep_preserve_parameter_names"),
         "sleep gives back all weights, and waking up reads them from the file again",
     ),
+    Option("--sleep-mode-backend", field("model_config.sleep_mode_backend", "cumem"), "metalstep gives memory back in one way"),
     # What a step does and reports.
     Option(
         "--logits-processors",
@@ -182,6 +182,7 @@ NO_EFFECT: dict[str, Given] = {
     "--attention-backend": field("attention_config.backend"),
     "--moe-backend": field("kernel_config.moe_backend", "auto"),
     "--linear-backend": field("kernel_config.linear_backend", "auto"),
+    "--monokernel": field("kernel_config.monokernel"),
     "--max-parallel-loading-workers": field("parallel_config.max_parallel_loading_workers"),
     "--safetensors-load-strategy": field("load_config.safetensors_load_strategy"),
 }

@@ -20,7 +20,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
-from metalstep.cli.errors import CommandError, report
+from metalstep.cli.errors import CommandError, report, split_hint
 from metalstep.plugin import engine_errors
 from metalstep.plugin.compat import unsupported
 from metalstep.plugin.models import register_unknown
@@ -43,8 +43,7 @@ What follows is vLLM's own help.
 def main(argv: list[str]) -> int:
     """serve a model over HTTP with vLLM's OpenAI-compatible server (needs `metalstep setup vllm`)"""
     if reason := unsupported():
-        text, _, hint = reason.rpartition("; ")
-        raise CommandError(text, hint)
+        raise CommandError(*split_hint(reason))
     model = find_model(argv[0]) if argv and not argv[0].startswith("-") else None  # a wrong name needs no vLLM to be found
     prepare_environment()
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from metalstep import __version__
 from metalstep.cache_folder import cache_folder
-from metalstep.cli.errors import CommandError, report
+from metalstep.cli.errors import CommandError, report, split_hint
 from metalstep.packaged_models import PACKAGED, not_installed, packaged_file
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # metalstep.checkpoint.source.HUB_ID
@@ -44,7 +44,7 @@ def find_model(name: str) -> ServeModel:
     if name in PACKAGED:
         file = packaged_file(name)
         if file is None:
-            raise CommandError(*_halves(not_installed(name)))
+            raise CommandError(*split_hint(not_installed(name)))
         return ServeModel(str(model_folder(file)), str(file), name)
     path = Path(name).expanduser()
     if path.is_dir():
@@ -120,12 +120,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _plain(value: Any) -> Any:
     """numpy's numbers and arrays, which GGUF metadata has, as JSON takes them."""
     return value.tolist()
-
-
-def _halves(text: str) -> tuple[str, str | None]:
-    """A message and, behind its last semicolon, what to do."""
-    head, semicolon, tail = text.rpartition("; ")
-    return (head, tail) if semicolon else (text, None)
 
 
 if __name__ == "__main__":

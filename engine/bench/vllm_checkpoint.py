@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 
 from metalstep.bench.json_process import PeerError
+from metalstep.cache_folder import cache_folder
 from metalstep.checkpoint import Checkpoint, CheckpointError
 
 QUANTISED = ("quantization", "quantization_config")
@@ -21,7 +21,7 @@ COMPLETE = "complete"
 def bfloat16_directory(checkpoint: Checkpoint, cache: Path | None = None) -> Path:
     """Write `checkpoint` dequantised, with config and tokenizer, below `cache` unless it is there already; the directory.
 
-    cache: of all such directories, by default metalstep/bfloat16 in the user's cache. The parameters keep mlx-lm's names, which for
+    cache: of all such directories, by default bfloat16 in metalstep's cache folder. The parameters keep mlx-lm's names, which for
     plain decoder models are transformers' own. Raises: PeerError for a model without `architectures` in its config.
     """
     if not checkpoint.config.get("architectures"):
@@ -29,7 +29,7 @@ def bfloat16_directory(checkpoint: Checkpoint, cache: Path | None = None) -> Pat
             f"{checkpoint.path}: config.json names no architectures, so vLLM's own backend cannot be told what to run",
             "leave --against vllm out",
         )
-    folder = (cache or default_cache()) / f"{checkpoint.path.stem}-{fingerprint(checkpoint)}"
+    folder = (cache or cache_folder() / "bfloat16") / f"{checkpoint.path.stem}-{fingerprint(checkpoint)}"
     if (folder / COMPLETE).exists():
         return folder
     shutil.rmtree(folder, ignore_errors=True)  # one that was not finished
@@ -42,10 +42,6 @@ def bfloat16_directory(checkpoint: Checkpoint, cache: Path | None = None) -> Pat
     checkpoint.tokenizer(None)._tokenizer.save_pretrained(folder)
     (folder / COMPLETE).touch()
     return folder
-
-
-def default_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "metalstep" / "bfloat16"
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:

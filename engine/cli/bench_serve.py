@@ -19,7 +19,7 @@ EXAMPLES = """examples:
   metalstep bench serve --chat -- --additional-config '{"arithmetic": "int8"}'"""
 COLUMNS = [("streams", 7), ("tok/s", 17), ("median", 8), ("best", 8), ("n", 3), ("TTFT ms", 8), ("ITL ms", 7), ("p50", 7), ("p95", 7)]
 # What the server is to reach, in one run: against batch_generate by streams, and against vLLM's own backend.
-RATES = {1: None, 8: 0.80, 32: 0.85}
+RATES = {8: 0.80, 32: 0.85}
 RATES_VLLM = {8: 1.5, 32: 1.0}
 ITL = 1.1  # times the step of batch_generate, one stream
 IDLE = 0.05  # of a core, by a process that should have waited; more disturbs the others

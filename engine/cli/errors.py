@@ -12,14 +12,18 @@ class CommandError(Exception):
         self.hint = hint
 
 
+def split_hint(text: str) -> tuple[str, str | None]:
+    """A message of metalstep's own and what to do, which follows its last semicolon; None where there is none."""
+    head, semicolon, tail = text.rpartition("; ")
+    return (head, tail) if semicolon else (text, None)
+
+
 def report(error: BaseException) -> None:
-    """Print `error: …` and `hint: …` to stderr. In metalstep's own messages what to do follows the last semicolon."""
+    """Print `error: …` and `hint: …` to stderr."""
     text = " ".join(str(error).split()) or type(error).__name__
     hint = getattr(error, "hint", None)
     if hint is None and not isinstance(error, OSError | CommandError):
-        head, semicolon, tail = text.rpartition("; ")
-        if semicolon:
-            text, hint = head, tail
+        text, hint = split_hint(text)
     print(f"error: {text}", file=sys.stderr)
     if hint:
         print(f"hint: {hint}", file=sys.stderr)

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SERVED = ("serving.md", "vllm.md")  # need a server: tests/plugin/test_serving_page.py runs them
+SERVED = ("serving.md",)  # needs a server: tests/plugin/test_serving_page.py runs it
 PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name not in SERVED)]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
 

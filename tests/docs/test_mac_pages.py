@@ -59,7 +59,7 @@ def check_pip(arguments):
             extra = re.fullmatch(r"\.\[(\w+)\]", name)[1]
             assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         elif not name.startswith("-"):
-            assert name in (ROOT / "engine" / "checkpoint" / "source.py").read_text()
+            assert name in (ROOT / "engine" / "packaged_models.py").read_text()
 
 
 def check_pytest(arguments):

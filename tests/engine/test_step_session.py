@@ -219,7 +219,6 @@ def test_the_metal_device_gives_what_its_engine_gives(tmp_path, monkeypatch):
     served.close()
 
 
-
 def test_the_device_makes_the_inputs_of_steady_decodes(pair, monkeypatch):
     """Over the ends of blocks and of the rows of results, with penalties, whose counts are the device's too."""
     engine, session = pair
@@ -252,5 +251,5 @@ def test_the_device_makes_the_inputs_of_steady_decodes(pair, monkeypatch):
         session.release(slot)
     rows = session.arrays.sizes.steps
     assert len(made) == steps - 1 - 1 - sum((session._count - k) % rows == 0 for k in range(1, steps - 1))
-    for prompt, params_, tokens in zip(prompts, sampling, got, strict=True):
-        assert tokens == [output.token for output in engine.submit(Request(prompt, params_, steps))]
+    for prompt, own, tokens in zip(prompts, sampling, got, strict=True):
+        assert tokens == [output.token for output in engine.submit(Request(prompt, own, steps))]

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,24 +11,11 @@ from typing import Any
 import hash_worker
 import pytest
 from hash_forward import continuation
+from llama_config import config_folder
 from vllm import LLM, SamplingParams
 from vllm.config import VllmConfig
 
 VOCAB = 997
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_size": 16,
-    "intermediate_size": 16,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "num_hidden_layers": 2,
-    "max_position_embeddings": 4096,
-    "vocab_size": VOCAB,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "torch_dtype": "float32",
-}
 
 
 @dataclass
@@ -147,11 +133,10 @@ def hash_engine(
     # vLLM asks for Triton where it is to speak so; what it needs it for is its own model runner.
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", v2)
     monkeypatch.setattr(VllmConfig, "_validate_v2_model_runner", lambda self: None)
-    (folder / "config.json").write_text(json.dumps(CONFIG))
     worker = hash_worker.WindowedHashWorker if windowed else hash_worker.HashWorker
     given: Mapping[str, Any] = {"max_model_len": 1024, "max_num_seqs": 16, **options}
     llm = LLM(
-        model=str(folder),
+        model=config_folder(folder, vocab_size=VOCAB),
         skip_tokenizer_init=True,
         worker_cls=f"{worker.__module__}.{worker.__name__}",
         disable_log_stats=True,

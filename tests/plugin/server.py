@@ -3,10 +3,8 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import ssl
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
@@ -15,6 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import psutil
+
+from metalstep.bench.serve_process import free_port, metalstep_command
 
 START = 300  # seconds; a machine that does nothing else needs 15
 CHECK = 0.2  # seconds between looks at a server that starts
@@ -25,13 +25,13 @@ class Server:
     """A running server. url: without a path. process: the API server's; engine: its engine's."""
 
     def __init__(self, arguments: Sequence[str], log: Path, *, tls: bool = False):
-        """Start it and wait until it answers. arguments: of `metalstep serve`. Raises: RuntimeError with the end of its log."""
+        """Start it and wait until it answers. arguments: MODEL and options. Raises: RuntimeError with the end of its log."""
         port = free_port()
         self.url = f"{'https' if tls else 'http'}://127.0.0.1:{port}"
         self.log = log
         # Sleeping and looking into the engine are routes of vLLM's development mode.
         environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
-        command = [sys.executable, "-m", "metalstep.cli.main", "serve", *arguments, "--port", str(port)]
+        command = [*metalstep_command(arguments[0], arguments[1:]), "--port", str(port)]
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
         try:
@@ -71,9 +71,3 @@ class Server:
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

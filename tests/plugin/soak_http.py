@@ -10,6 +10,7 @@ import struct
 from typing import Any
 from urllib.parse import urlsplit
 
+from metrics import sums
 from soak_bad import Bad
 
 
@@ -70,13 +71,7 @@ class Address:
     async def metrics(self) -> dict[str, float]:
         """Sums of the server's counters and gauges by name, over their labels."""
         _, body = await self.call("GET", "/metrics")
-        found: dict[str, float] = {}
-        for line in dechunked(body).decode().splitlines():
-            if line and not line.startswith("#"):
-                name, _, value = line.rpartition(" ")
-                name = name.partition("{")[0]
-                found[name] = found.get(name, 0.0) + float(value)
-        return found
+        return sums(dechunked(body).decode())
 
 
 def dechunked(body: bytes) -> bytes:

@@ -17,7 +17,7 @@ from metalstep.kernels.linear import ARITHMETIC
 from metalstep.kv_cache import BLOCK_SIZE
 from metalstep.model import DEFAULT_DEVICE, DEVICES
 from metalstep.native_model import PREFILL_ROWS
-from metalstep.plugin import compat, models, options, platform, refusals, serve
+from metalstep.plugin import compat, models, options, platform, refusals, serve, worker
 from metalstep.plugin.options import OptionError, PluginOptions, parse_options, threads_of_rank
 
 
@@ -147,6 +147,7 @@ def test_what_is_written_down_twice_to_keep_mlx_out_is_the_same():
     assert set(options.ARITHMETIC) == set(ARITHMETIC)
     assert serve.STEP_ROWS == PREFILL_ROWS
     assert refusals.BLOCK_SIZE == BLOCK_SIZE
+    assert set(refusals.KV_DTYPES) == set(worker.KV_DTYPES)
 
 
 def test_the_servers_process_never_loads_mlx(folder):

@@ -5,15 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 from llama_config import config_folder
+from packaging.version import Version
 from vllm import PoolingParams, SamplingParams
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from metalstep.plugin import refusals
+from metalstep.plugin import compat, refusals
 from metalstep.plugin.serve import message_of
 
+SINCE_0_33 = Version(compat.installed() or "0") >= Version("0.33")
 TOKENS = {"type": "token", "prompt_token_ids": [1, 2, 3]}
 
 
@@ -46,6 +48,7 @@ def folder(tmp_path_factory):
         ({"profiler_config": {"profiler": "torch", "torch_profiler_dir": "/tmp"}}, "--profiler-config torch: a step is one native call"),
         ({"weight_transfer_config": {"backend": "nccl"}}, "--weight-transfer-config: weights are read once"),
         ({"additional_config": {"frob": 1}}, "--additional-config: no option 'frob'"),
+        *([({"sleep_mode_backend": "criu"}, "--sleep-mode-backend criu: metalstep gives memory back in one way")] if SINCE_0_33 else []),
     ],
 )
 def test_an_option_is_refused_at_start_up_by_name(folder, arguments, message):
@@ -97,6 +100,7 @@ def test_a_quantised_mlx_model_is_no_explicit_quantization(tmp_path):
         ({"optimization_level": 0}, ["--optimization-level"]),
         ({"compilation_config": {"cudagraph_capture_sizes": [1, 2]}}, ["--compilation-config"]),
         ({"moe_backend": "triton"}, ["--moe-backend"]),
+        *([({"monokernel": True}, ["--monokernel"])] if SINCE_0_33 else []),
     ],
 )
 def test_options_that_only_say_how_torch_computes_are_named_in_the_log(folder, arguments, names, monkeypatch):
@@ -110,9 +114,8 @@ def test_options_that_only_say_how_torch_computes_are_named_in_the_log(folder, a
 def test_every_name_is_an_option_of_vllms():
     parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
     known = {option for action in parser._actions for option in action.option_strings}
-    only_some_releases = {"--calculate-kv-scales"}
     names = [*(option.name for option in refusals.OPTIONS), *refusals.NO_EFFECT]
-    assert {name for name in names if name.startswith("--")} - known - only_some_releases == set()
+    assert {name for name in names if name.startswith("--")} - known == (set() if SINCE_0_33 else {"--monokernel", "--sleep-mode-backend"})
     assert len(names) == len(set(names))
 
 

@@ -1,7 +1,6 @@
 """The rest of vLLM's server: other APIs, what it counts, sleep, clients that leave, and the options that guard it."""
 from __future__ import annotations
 
-import re
 import ssl
 import time
 
@@ -12,18 +11,14 @@ from anthropic import Anthropic
 from ask import answer, complete
 from conftest import KEY, KV_TOKENS, MODEL, ORIGIN
 from kinds_of_request import LONG, STORY
+from metrics import sums
 from openai import OpenAI
 
 WAIT = 60  # seconds for something that has to come
 
 
 def metrics(server) -> dict[str, float]:
-    """Sums over labels."""
-    found: dict[str, float] = {}
-    for line in httpx.get(f"{server.url}/metrics").text.splitlines():
-        if match := re.match(r"(vllm:\w+)\S* (\S+)$", line):
-            found[match[1]] = found.get(match[1], 0) + float(match[2])
-    return found
+    return sums(httpx.get(f"{server.url}/metrics").text)
 
 
 def until(what, *, every: float = 0.2) -> None:
