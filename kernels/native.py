@@ -267,6 +267,7 @@ class NativePlan:
         self._launches = len(launches)
         self._handle, self._device_handle = out[0], session.pointer
         self._run, self._wait, self._profile = library.ms_plan_run, library.ms_ticket_wait, library.ms_plan_profile
+        self._limit_threads = library.ms_plan_limit_threads
         kept = [device._memory[handle].keep for handle in {bind[0] for bind in binds} if handle in device._memory]
         self._uses: _Uses | None = _Uses(session, [keep for keep in kept if keep is not None])
         self._destroy = weakref.finalize(self, self._uses.end, library.ms_plan_destroy, self._handle)
@@ -303,6 +304,13 @@ class NativePlan:
         # Not looked at before: another thread that closes the device ends this wait, so nothing here may hold it open.
         if (uses := self._uses) and ticket > uses.session.finished:
             uses.session.finish(ticket)
+
+    def limit_threads(self, threads: int) -> None:
+        """Let so many of the host device's threads run the plan from now on; elsewhere nothing. Waits for runs under way.
+
+        Raises: ValueError for a count that is not 1 to the device's.
+        """
+        _call(self._limit_threads, self._handle, threads)
 
     def profile(self) -> list[int]:
         """Run one step; nanoseconds of each launch, with a barrier behind each."""

@@ -96,6 +96,8 @@ int32_t ms_plan_run(void *plan, uint32_t steps, uint64_t *ticket);
 int32_t ms_ticket_wait(void *device, uint64_t ticket, int64_t timeout_ns);
 // Runs one step and gives each launch's wall time in nanoseconds, barrier included. For explain and bench.
 int32_t ms_plan_profile(void *plan, uint64_t *nanoseconds);
+// The host device: so many threads of its pool run the plan from now on, 1 to all. Without effect elsewhere.
+int32_t ms_plan_limit_threads(void *plan, int32_t threads);
 
 // Bytes of the panels that ms_weight_pack writes; 0 for an unsupported combination (ms_last_error says which).
 uint64_t ms_weight_bytes(uint32_t n, uint32_t k, uint32_t bits, uint32_t group_size, uint32_t dtype);

@@ -68,14 +68,23 @@ class Plan:
     @cached_property
     def again(self) -> NativePlan:
         """The step of the same sequences, each with the token that the step before has sampled, where that had MSStep.advance set."""
-        return self._device.create_plan(self._behind(self._launches(["step_advance"])), self.shape.tokens, self.shape.sampled)
+        return self._served(self._behind(self._launches(["step_advance"])))
 
     def _staged(self, part: str, stage: StepStage) -> NativePlan:
         key = (part, stage)
         if key not in self._of_stages:
             launches = self._behind(stage.load, sample=part == "whole")
-            self._of_stages[key] = self._device.create_plan(launches, self.shape.tokens, self.shape.sampled)
+            self._of_stages[key] = self._served(launches)
         return self._of_stages[key]
+
+    def _served(self, launches: list[Launch]) -> NativePlan:
+        """A plan of steps that a server asks for. Of the host's threads one row takes all but one: it waits for memory, which so many
+        threads keep as busy, and the server's own processes need a processor to bring each token to its reader."""
+        plan = self._device.create_plan(launches, self.shape.tokens, self.shape.sampled)
+        threads = self._device.info.threads
+        if self.shape.tokens == 1 and threads > 1:
+            plan.limit_threads(threads - 1)
+        return plan
 
     def _behind(self, inputs: list[Launch], *, sample: bool = True) -> list[Launch]:
         """The step's launches, behind those that make its inputs."""

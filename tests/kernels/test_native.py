@@ -174,6 +174,21 @@ def test_a_profile_is_one_step_and_times_every_launch(h):
     assert (h.get(x) == 6).all()
 
 
+def test_a_plan_may_leave_threads_of_the_pool_to_others():
+    """Plans of any number of threads take turns, and each gives what it gives with all."""
+    with Harness(threads=3) as h:
+        x, plan = counter(h, 5)
+        _, other = counter(h)
+        for step, threads in enumerate((1, 3, 2, 1), 1):
+            plan.limit_threads(threads)
+            other.run()
+            plan.wait(plan.run())
+            np.testing.assert_array_equal(h.get(x), np.full((1, WIDTH), 5 * step, np.float32))
+        for threads in (0, -1, 4):
+            with pytest.raises(ValueError, match=f"a limit of {threads} threads, expected 1 to the device's 3"):
+                plan.limit_threads(threads)
+
+
 def test_plans_keep_the_buffers_they_were_made_with(h):
     owner = h.device.create_buffer(4 * WIDTH)
     x = Buffer(owner.handle, 0, (1, WIDTH), "float32")

@@ -39,6 +39,7 @@ def test_a_wild_handle_is_an_error(handle):
         LIB.ms_plan_run(wild, 1, ticket),
         LIB.ms_ticket_wait(wild, 1, 0),
         LIB.ms_plan_profile(wild, ticket),
+        LIB.ms_plan_limit_threads(wild, 1),
         LIB.ms_weight_pack(wild, ffi.NULL, 0, 0),
     ]
     assert codes == [params.MS_ERROR_ARGUMENT] * len(codes)

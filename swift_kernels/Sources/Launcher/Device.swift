@@ -65,4 +65,12 @@ protocol DevicePlan: AnyObject {
 
   /// Runs one step and writes each launch's wall time in nanoseconds to `times`, one element per launch.
   func profile(into times: UnsafeMutablePointer<UInt64>) throws(LaunchError)
+
+  /// Lets so many of the host's threads run the plan from now on.
+  func limit(threads: Int32) throws(LaunchError)
+}
+
+extension DevicePlan {
+  /// A GPU has no such threads.
+  func limit(threads: Int32) {}
 }

@@ -96,6 +96,11 @@ public func planProfile(_ plan: UnsafeMutableRawPointer?, _ nanoseconds: UnsafeM
   LaunchError.status { () throws(LaunchError) in try OpenPlan.find(plan).profile(nanoseconds) }
 }
 
+@_cdecl("ms_plan_limit_threads")
+public func planLimitThreads(_ plan: UnsafeMutableRawPointer?, _ threads: Int32) -> Int32 {
+  LaunchError.status { () throws(LaunchError) in try OpenPlan.find(plan).limit(threads: threads) }
+}
+
 @_cdecl("ms_weight_bytes")
 public func weightBytes(_ n: UInt32, _ k: UInt32, _ bits: UInt32, _ groupSize: UInt32, _ dtype: UInt32) -> UInt64 {
   LaunchError.value { () throws(LaunchError) in

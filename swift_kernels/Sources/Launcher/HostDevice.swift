@@ -10,6 +10,8 @@ final class HostDevice: Device {
   let pool: OpaquePointer
   let queue = TicketQueue()
   private let kernels: [HostKernel]
+  private let poolsLock = Lock()
+  private var smallerPools: [Int32: OpaquePointer] = [:]  // by threads; one pool works at a time, the others sleep
   private let scratchLock = Lock()
   private var largestScratch: HostScratch?
 
@@ -75,6 +77,21 @@ final class HostDevice: Device {
   func close() {
     queue.close()
     ms_pool_destroy(pool)
+    for smaller in smallerPools.values { ms_pool_destroy(smaller) }
+  }
+
+  /// A pool of so many threads, for plans that leave processors to others.
+  func pool(of count: Int32) throws(LaunchError) -> OpaquePointer {
+    guard (1...threads).contains(count) else {
+      throw .argument("plan: a limit of \(count) threads, expected 1 to the device's \(threads)")
+    }
+    if count == threads { return pool }
+    poolsLock.lock()
+    defer { poolsLock.unlock() }
+    if let known = smallerPools[count] { return known }
+    guard let made = ms_pool_create(count) else { throw .memory("host: a pool of \(count) threads cannot be started") }
+    smallerPools[count] = made
+    return made
   }
 
   /// - Parameter launch: its number in the plan, for the message.

@@ -4,6 +4,7 @@ import CMetalStep
 /// The launches of one step on the host device, resolved into a HostProgram and the memory it points to.
 final class HostPlan: DevicePlan, TicketQueue.Job {
   private let device: HostDevice
+  private var pool: OpaquePointer
   private let program: UnsafeMutablePointer<HostProgram>
   private let memory: HostBuffer  // launches, grids, bindings, constants
   private let scratch: HostScratch
@@ -11,6 +12,7 @@ final class HostPlan: DevicePlan, TicketQueue.Job {
 
   init(_ source: PlanSource, device: HostDevice) throws(LaunchError) {
     self.device = device
+    pool = device.pool
     let count = source.launches.count
     var layout = Layout()
     let launchesAt = layout.reserve(count * MemoryLayout<HostProgram.Launch>.stride)
@@ -76,14 +78,22 @@ final class HostPlan: DevicePlan, TicketQueue.Job {
   /// Called by the queue, one job at a time.
   func execute(steps: Int) {
     program.pointee.steps = steps
-    ms_pool_run(device.pool, HostProgram.replay, program)
+    ms_pool_run(pool, HostProgram.replay, program)
   }
 
   func profile(into times: UnsafeMutablePointer<UInt64>) throws(LaunchError) {
     try device.queue.exclusively {
       program.pointee.times = times
-      ms_pool_run(device.pool, HostProgram.profile, program)
+      ms_pool_run(pool, HostProgram.profile, program)
       program.pointee.times = nil
+    }
+  }
+
+  func limit(threads: Int32) throws(LaunchError) {
+    let limited = try device.pool(of: threads)
+    try device.queue.exclusively {
+      pool = limited
+      program.pointee.pool = limited
     }
   }
 

@@ -29,6 +29,8 @@ final class OpenPlan {
     ticket.pointee = try plan.run(steps: Int(steps))
   }
 
+  func limit(threads: Int32) throws(LaunchError) { try plan.limit(threads: threads) }
+
   func profile(_ nanoseconds: UnsafeMutablePointer<UInt64>?) throws(LaunchError) {
     guard let nanoseconds else { throw .missing("nanoseconds") }
     try plan.profile(into: nanoseconds)
