@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from metalstep.plugin.sampling import engine_params, has_long_bad_words, wants_logits
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vllm.sampling_params import SamplingParams as VllmParams
     from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 
+Report = tuple[Any, Any, Any]  # on a prompt token: a row of MSSampled, of MSTopLogprob, and the logits or None
 UNKNOWN = -1  # a token that the device has sampled, or will, and the host has not seen
 
 
@@ -23,7 +24,7 @@ class RequestState:
     """tokens: prompt and output; the last may be UNKNOWN, which lies at `pending`. blocks: per group, as vLLM numbers them.
 
     computed: tokens with keys and values when the next step begins. slot: of the session, -1 while preempted. masks: of each next token;
-    structured: the scheduler sends masks of its own. prompt_rows: of prompt tokens, a row of MSSampled, of MSTopLogprob, logits or None.
+    structured: the scheduler sends masks of its own. reports: on prompt tokens, as far as they are computed; None: none are wanted.
     """
 
     req_id: str
@@ -36,10 +37,9 @@ class RequestState:
     masks: list[TokenMask]
     structured: bool
     wants_logits: bool
-    wants_prompt: bool
     pending: Place | None = None
     slot: int = -1
-    prompt_rows: list[tuple[Any, Any, Any]] = field(default_factory=list)
+    reports: list[Report] | None = None
 
     @property
     def masked(self) -> bool:
@@ -103,7 +103,6 @@ class RequestTable:
                 masks=self._masks(params),
                 structured=params.structured_outputs is not None,
                 wants_logits=wants_logits(params),
-                wants_prompt=params.prompt_logprobs is not None,
             )
         self._leave(state)  # a request may come back in the step after the one that preempted it
         state.tokens, state.pending = tokens, None
@@ -128,7 +127,10 @@ class RequestTable:
     def _enter(self, state: RequestState) -> None:
         session = self._session
         state.slot = session.acquire()
-        # Tokens of a request that comes back are all known: its last step is long over.
+        # Tokens of a request that comes back are all known: its last step is long over. If none of its output is left, vLLM has dropped
+        # the answer that had the logprobs of its prompt.
+        wants_prompt = state.params.prompt_logprobs is not None and len(state.tokens) == state.prompt_len
+        state.reports = [] if wants_prompt else None
         stops = frozenset(state.params.all_stop_token_ids)
         session.fill(state.slot, state.sampling, state.tokens, state.prompt_len, stops, masked=state.masked)
         for group, blocks in enumerate(state.blocks):

@@ -6,7 +6,7 @@ device, so vLLM schedules the next step meanwhile; its input tokens are named by
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,7 @@ from metalstep.plugin.outputs import (
     logprob_row_of,
     prompt_logprob_tensors,
 )
-from metalstep.plugin.requests import UNKNOWN, RequestState, RequestTable
+from metalstep.plugin.requests import UNKNOWN, Report, RequestState, RequestTable
 from metalstep.step_runner import FAILURES
 from metalstep.step_session import Place, SessionStep, Span, StepSession
 
@@ -37,7 +37,8 @@ ALL = np.uint32(0xFFFFFFFF)
 @dataclass(slots=True)
 class Piece:
     """Rows [first, end) of a request in one of the engine's steps. sample: the last row's place among the step's results; -1: it samples
-    nothing. prompt_row: place of the first row that reports on a prompt token; prompt_rows: how many do, one after another."""
+    nothing. prompt_row: place of the first row that reports on a prompt token; prompt_rows: how many do, one after another. reports: where
+    they go; after a preemption, which another step may be under way to, the request has another such list."""
 
     state: RequestState
     first: int
@@ -45,6 +46,7 @@ class Piece:
     sample: int = -1
     prompt_row: int = 0
     prompt_rows: int = 0
+    reports: list[Report] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -55,6 +57,7 @@ class Sample:
     place: int
     tokens: list[int]
     index: int
+    reports: list[Report] | None  # of its prompt, complete by now
 
 
 @dataclass(slots=True)
@@ -102,7 +105,7 @@ class Runner:
                     yield pack
                     pack, rows, results = [], self._session.max_rows, self._session.max_results
                 end = min(last, first + rows)
-                if state.wants_prompt and first < state.prompt_len:  # every row of the prompt gives a result
+                if state.reports is not None and first < state.prompt_len:  # every row of the prompt gives a result
                     end = min(end, first + results)
                 piece = Piece(state, first, end)
                 self._place_results(piece, self._session.max_results - results)
@@ -115,7 +118,8 @@ class Runner:
     def _place_results(self, piece: Piece, at: int) -> None:
         """at: results of the pieces before."""
         state = piece.state
-        if state.wants_prompt and piece.first < state.prompt_len - 1:
+        if state.reports is not None and piece.first < state.prompt_len - 1:
+            piece.reports = state.reports
             piece.prompt_row, piece.prompt_rows = at, min(piece.end, state.prompt_len - 1) - piece.first
             at += piece.prompt_rows
         if piece.end == len(state.tokens):
@@ -156,7 +160,7 @@ class Runner:
             for piece in pack:
                 if piece.sample >= 0:
                     state = piece.state
-                    sampled[state.req_id] = Sample(step, piece.sample, state.tokens, len(state.tokens))
+                    sampled[state.req_id] = Sample(step, piece.sample, state.tokens, len(state.tokens), state.reports)
                     state.tokens.append(UNKNOWN)
                     state.pending = Place(step, piece.sample)
         return StepOutput(partial(self._finish, work, steps, sampled))
@@ -185,7 +189,7 @@ class Runner:
         for pack, step in zip(work.packs, steps, strict=True):
             for piece in pack:
                 if piece.prompt_rows:
-                    self._keep_prompt_rows(piece, step)
+                    self._keep_reports(piece, step)
         result = StepResult(req_ids=[state.req_id for state in work.states], req_id_to_index={})
         rows: list[Row | None] = []
         for index, state in enumerate(work.states):
@@ -202,10 +206,10 @@ class Runner:
                     token = 0
                     result.failed[req_id] = FAILURES[status]
                 found.tokens[found.index] = token
-                if state.prompt_rows and len(state.prompt_rows) == state.prompt_len - 1:
-                    prompt = [self._prompt_row(state, *kept) for kept in state.prompt_rows]
+                if found.reports and len(found.reports) == state.prompt_len - 1:
+                    prompt = [self._prompt_row(state, *report) for report in found.reports]
                     result.prompt_logprobs_dict[req_id] = prompt_logprob_tensors(prompt)
-                    state.prompt_rows, state.wants_prompt = [], False
+                    found.reports.clear()
             result.sampled_token_ids.append(tokens)
             rows.append(row)
         result.logprobs = logprob_lists(rows)
@@ -223,13 +227,11 @@ class Runner:
             return logprob_row_of(step.logits[place], int(result["token"]), int(result["rank"]), count, chosen)
         return logprob_row(result, step.top[place], count)
 
-    def _keep_prompt_rows(self, piece: Piece, step: SessionStep) -> None:
+    def _keep_reports(self, piece: Piece, step: SessionStep) -> None:
         assert step.sampled is not None and step.top is not None
-        if piece.first == 0:  # after a preemption the prompt runs again
-            piece.state.prompt_rows = []
         for place in range(piece.prompt_row, piece.prompt_row + piece.prompt_rows):
             logits = None if step.logits is None else step.logits[place].copy()
-            piece.state.prompt_rows.append((step.sampled[place], step.top[place], logits))
+            piece.reports.append((step.sampled[place], step.top[place], logits))
 
     def _prompt_row(self, state: RequestState, result: np.void, top: np.ndarray, logits: np.ndarray | None) -> Row:
         count = state.params.prompt_logprobs or 0

@@ -80,11 +80,13 @@ def test_shared_prefixes_are_read_and_never_written(tmp_path, monkeypatch, async
 @DIALECTS
 @SCHEDULING
 def test_requests_that_are_all_thrown_out_at_once_go_on(tmp_path, monkeypatch, v2, async_scheduling):
-    """The token of the step under way is dropped, and is sampled once more."""
+    """The token of the step under way is dropped, and is sampled once more; so are the logprobs of a prompt that came with it."""
     draw = random.Random(7)
-    jobs = [Job(tokens(draw, 20 + 13 * i), greedy(30), arrives=3 * i) for i in range(6)]
+    jobs = [Job(tokens(draw, 20 + 13 * i), greedy(30, prompt_logprobs=1), arrives=3 * i) for i in range(6)]
     with hash_engine(tmp_path, monkeypatch, v2=v2, async_scheduling=async_scheduling, max_num_batched_tokens=64) as engine:
-        engine.check(jobs, resets=[5, 6, 14, 27])
+        for first in range(4):
+            answers = engine.check(jobs, resets=range(first, 40, 4))
+            assert [len(answer.prompt_logprobs) for answer in answers] == [len(job.prompt) for job in jobs]
         engine.check_idle()
 
 

@@ -38,5 +38,5 @@ def test_a_row_that_fails_ends_its_request_alone(tmp_path: Path, monkeypatch: py
 
         monkeypatch.setattr(engine, "_take", taken)
         engine.run(jobs)
+        assert sorted(finished.values()) == ["error", "length", "length", "length"]
         engine.check_idle()
-    assert sorted(finished.values()) == ["error", "length", "length", "length"]
