@@ -165,9 +165,9 @@ def load(
     if kv_dtype not in tuple(KV_DTYPES):
         raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
     device = device or DEFAULT_DEVICE
+    target = make_target(device, threads=threads, arithmetic=arithmetic, batch_invariant=batch_invariant)
     if device == "eager" and kv_memory is not None:
         raise ValueError(f"kv_memory is {kv_memory!r} on eager, which is mlx-lm's own; it is an option of the devices that run natively")
-    target = make_target(device, threads=threads, arithmetic=arithmetic, batch_invariant=batch_invariant)
     checkpoint = open_checkpoint(path_or_hf_repo)
     try:
         checkpoint.config.update(model_config or {})

@@ -319,8 +319,8 @@ void ms_pool_run(ms_pool *pool, ms_pool_body body, void *context) {
       pool->pinned && sched_getcpu() != pool->cpus.order[0] && sched_getaffinity(0, sizeof before, &before) == 0;
   if (pinned) pin(pool, 0);
 #endif
-  pool->handles[0] = pthread_self();
 #if defined(__linux__)
+  pool->handles[0] = pthread_self();
   pool->workers[0].was_moved = false;
 #endif
   enter(&pool->workers[0]);
