@@ -17,10 +17,9 @@ from metalstep.kernels import sample
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.native import NativeDevice, NativePlan, NativeUnavailable
 from metalstep.kv_cache import BLOCK_SIZE, DTYPES, CacheGroup, LayerShape
-from metalstep.native_model import MAX_RESULTS, MAX_STEPS, PREFILL_ROWS
+from metalstep.native_model import step_sizes
 from metalstep.plan.request_slots import RequestSlots
-from metalstep.plan.step_arrays import StepArrays, StepSizes
-from metalstep.sampling import MAX_LOGPROBS
+from metalstep.plan.step_arrays import StepArrays
 from metalstep.step_session import Span, StartedStep, StepSession
 
 FLOAT = 4  # bytes of a logit
@@ -73,21 +72,7 @@ def eager_session(
         raise NativeUnavailable(f"{name} runs through eager MLX, but its tokens are sampled by the native launcher: {error}") from error
     try:
         vocab_size = _traced(model)[0].shape[-1]
-        arrays = StepArrays(
-            device,
-            StepSizes(
-                rows=PREFILL_ROWS,
-                results=MAX_RESULTS,
-                seqs=max_seqs,
-                steps=MAX_STEPS,
-                top=MAX_LOGPROBS,
-                groups=groups,
-                block_size=BLOCK_SIZE,
-                context=max_context,
-                vocab_size=vocab_size,
-                hidden_size=1,  # nobody reads embeddings
-            ),
-        )
+        arrays = StepArrays(device, step_sizes(max_seqs, groups, max_context, vocab_size))
         return StepSession(device, arrays, RequestSlots(arrays), EagerForward(model, device, arrays))
     except BaseException:
         device.close()

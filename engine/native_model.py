@@ -89,18 +89,7 @@ class NativeModel:
         )
         self.arrays = StepArrays(
             self.device,
-            StepSizes(
-                rows=PREFILL_ROWS,
-                results=MAX_RESULTS,
-                seqs=max_seqs,
-                steps=MAX_STEPS,
-                top=MAX_LOGPROBS,
-                groups=len(self.groups),
-                block_size=BLOCK_SIZE,
-                context=max_context,
-                vocab_size=self.vocab_size,
-                hidden_size=embedding_size(self._graph),
-            ),
+            step_sizes(max_seqs, len(self.groups), max_context, self.vocab_size, hidden_size=embedding_size(self._graph)),
         )
         self.slots = RequestSlots(self.arrays)
         self.decode_plan = self.plan_for(1, decode=True)
@@ -209,6 +198,22 @@ class NativeModel:
                 plan.close()
             self._plans.clear()
             self.device.close()
+
+
+def step_sizes(seqs: int, groups: int, context: int, vocab_size: int, *, hidden_size: int = 1) -> StepSizes:
+    """Of the arrays that a model's steps share. hidden_size: of a token's own embedding; 1 where nobody reads one."""
+    return StepSizes(
+        rows=PREFILL_ROWS,
+        results=MAX_RESULTS,
+        seqs=seqs,
+        steps=MAX_STEPS,
+        top=MAX_LOGPROBS,
+        groups=groups,
+        block_size=BLOCK_SIZE,
+        context=context,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+    )
 
 
 def embedding_size(graph: Graph) -> int:

@@ -98,7 +98,7 @@ def prepare_environment() -> None:
         raise CommandError(f"VLLM_PLUGINS is {chosen!r} and leaves metalstep out", "add metalstep to it, or unset it")
     if chosen is None and (names := other_plugins()) is not None:
         os.environ["VLLM_PLUGINS"] = ",".join(["metalstep", *names])
-    # A forked engine has everything imported already: half of the time to start. A forked process cannot use Metal.
+    # A forked engine has everything imported already. A forked process cannot use Metal.
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn" if sys.platform == "darwin" else "fork")
 
 

@@ -103,9 +103,7 @@ class MetalstepWorker(WorkerBase):
     def _allocate(self) -> None:
         config, model = self._kv_config, self.model
         assert config is not None and model is not None
-        ratio, left = divmod(self.cache_config.block_size, BLOCK_SIZE)
-        if left:
-            raise ValueError(f"--block-size is {self.cache_config.block_size}, expected a multiple of {BLOCK_SIZE}")
+        ratio = self.cache_config.block_size // BLOCK_SIZE  # other sizes are refused
         session = model.allocate(
             config.num_blocks * ratio,
             max_context=self.model_config.max_model_len,

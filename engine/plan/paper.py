@@ -18,11 +18,10 @@ from metalstep.kernels.linear import PackedWeight
 from metalstep.kernels.native import DeviceBuffer, DeviceInfo, NativeDevice
 from metalstep.kv_cache import BLOCK_SIZE, PagedKVCache, cache_groups
 from metalstep.plan.lower import LoweredLaunch, lower
-from metalstep.plan.step_arrays import StepArrays, StepSizes
+from metalstep.plan.step_arrays import StepArrays
 from metalstep.plan.step_memory import StepMemory
 from metalstep.plan.target import PlanShape, Target
 from metalstep.plan.weights import CHUNK, DTYPES, WeightStore
-from metalstep.sampling import MAX_LOGPROBS
 
 ANY_ROWS = (7, 5)  # tokens and sampled rows of a graph: a lowered graph's rows are data
 WRITABLE = 1 << 20  # bytes of a view that can be written; a larger one reads as zeros and takes no memory
@@ -143,7 +142,7 @@ def paper_plan(
     Raises: CaptureError naming an operation that has no kernel.
     """
     # native_model explains its plans, so it imports what imports this module.
-    from metalstep.native_model import MAX_RESULTS, MAX_SEQS, MAX_STEPS, PREFILL_ROWS, embedding_size
+    from metalstep.native_model import MAX_SEQS, embedding_size, step_sizes
 
     graph = captured.graph(*ANY_ROWS)
     groups = cache_groups(graph)
@@ -154,18 +153,7 @@ def paper_plan(
     weights = PaperWeights(device, tensors, prepared)
     num_blocks = [-(-context // BLOCK_SIZE) * rows for _ in groups]
     cache = PagedKVCache(device, groups, num_blocks, kv_dtype, keys_by_token=target.keys_by_token)
-    sizes = StepSizes(
-        rows=PREFILL_ROWS,
-        results=MAX_RESULTS,
-        seqs=MAX_SEQS,
-        steps=MAX_STEPS,
-        top=MAX_LOGPROBS,
-        groups=len(groups),
-        block_size=BLOCK_SIZE,
-        context=context,
-        vocab_size=row_size(graph.outputs[0]),
-        hidden_size=embedding_size(graph),
-    )
+    sizes = step_sizes(MAX_SEQS, len(groups), context, row_size(graph.outputs[0]), hidden_size=embedding_size(graph))
     arrays = StepArrays(device, sizes)
     shape = target.plan_shape(rows, decode=True, context=context)
     lowered = lower(captured.graph(*ANY_ROWS, target.fusion(shape)), StepMemory(device), weights, cache.planes, arrays, shape, target)

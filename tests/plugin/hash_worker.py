@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 from hash_forward import HashForward
 
 from metalstep.kernels.native import NativeDevice
-from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, LayerShape
-from metalstep.native_model import MAX_STEPS
+from metalstep.kv_cache import CacheGroup, LayerShape
+from metalstep.native_model import step_sizes
 from metalstep.plan.request_slots import RequestSlots
-from metalstep.plan.step_arrays import StepArrays, StepSizes
+from metalstep.plan.step_arrays import StepArrays
 from metalstep.plugin.worker import MetalstepWorker
-from metalstep.sampling import MAX_LOGPROBS
 from metalstep.step_session import StepSession
 
 if TYPE_CHECKING:
@@ -43,18 +42,7 @@ class HashModel:
         return 1 << 22
 
     def allocate(self, num_blocks: int, *, max_context: int, max_seqs: int, groups: Sequence[CacheGroup]) -> StepSession:
-        sizes = StepSizes(
-            rows=ROWS,
-            results=RESULTS,
-            seqs=max_seqs,
-            steps=MAX_STEPS,
-            top=MAX_LOGPROBS,
-            groups=len(groups),
-            block_size=BLOCK_SIZE,
-            context=max_context,
-            vocab_size=self.vocab_size,
-            hidden_size=1,
-        )
+        sizes = step_sizes(max_seqs, len(groups), max_context, self.vocab_size)
         arrays = StepArrays(self.device, sizes)
         return StepSession(self.device, arrays, RequestSlots(arrays), HashForward(self.device, groups, num_blocks))
 
