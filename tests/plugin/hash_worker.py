@@ -18,7 +18,6 @@ from metalstep.step_session import StepSession
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
-ROWS, RESULTS = 512, 64  # of one of the session's steps
 SHAPE = LayerShape(heads=1, key_dim=8, value_dim=8)
 GROUPS = {
     "full": [CacheGroup(None, {0: SHAPE, 1: SHAPE})],
