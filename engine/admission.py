@@ -69,6 +69,7 @@ def admit(native: NativeModel, request: Request, *, collect: bool = False) -> tu
         keep=KEPT_POSITIONS if max_kv_size else 0,
         cacheable=request.embeddings is None and (request.prompt_cache is None or request.prompt_cache.exact),
         prompt_logprobs=collect or request.sampling.prompt_logprobs is not None,
+        salt=native.encoding.encode(),
     )
 
 

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from metalstep.kv_cache import BLOCK_SIZE, DTYPES, LayerBlocks, PagedKVCache, from_blocks, to_blocks
+from metalstep.kernels.kv_codec import KVCodec
+from metalstep.kv_cache import BLOCK_SIZE, LayerBlocks, PagedKVCache, from_blocks, layer_order, to_blocks
+from metalstep.kv_plane import STORED
 from metalstep.models.cache_file import KEPT_POSITIONS, LayerState, to_mlx
 from metalstep.request import Request
 from metalstep.scheduler import BlockTables, KVBlocks, Sequence
@@ -34,16 +36,17 @@ class HostBlocks:
 class CacheKeeper:
     """Methods run between two steps, except where they say otherwise."""
 
-    def __init__(self, engine: Engine, cache: PagedKVCache, blocks: KVBlocks):
+    def __init__(self, engine: Engine, cache: PagedKVCache, blocks: KVBlocks, encoding: str = ""):
+        self._encoding = encoding
         self._engine, self._cache, self._blocks = engine, cache, blocks
         self._held: dict[int, tuple[BlockTables, weakref.ref[PromptCache]]] = {}  # by the tables' id, least recently used first
-        self._layers = sorted(cache.planes, key=lambda layer: layer if isinstance(layer, tuple) else (layer,))
+        self._layers = layer_order(cache.planes)
         self.windows = [cache.groups[cache.planes[layer].group].window for layer in self._layers]  # per layer
 
     @property
-    def dtype(self) -> str:
-        """Of keys and values: float16, bfloat16 or float32."""
-        return self._cache.dtype
+    def encoding(self) -> str:
+        """How keys and values are encoded; "" where they are floats. Two caches with one text hold the same bytes for the same tokens."""
+        return self._encoding
 
     def held(self) -> Iterable[BlockTables]:
         """What all prompt caches hold."""
@@ -125,10 +128,14 @@ class CacheKeeper:
             raise ValueError(f"the prompt cache has {len(cache)} layers, the model {len(self._layers)}; it was made for another model")
         if cache.loaded is None:
             return
+        if cache.encoding != self._encoding:
+            has, wants = (f"kv_scheme {text}" if text else "a kv_scheme of 'none'" for text in (cache.encoding, self._encoding))
+            raise ValueError(f"the prompt cache was saved with {has}, and the model has {wants}; load the model with the same one")
         for i, (name, layer) in enumerate(zip(self._layers, cache.loaded, strict=True)):
             group = self._cache.planes[name].group
             shape = self._cache.groups[group].layers[name]
-            got, want = (layer.keys.shape[0], layer.keys.shape[2], layer.values.shape[2]), (shape.heads, shape.key_dim, shape.value_dim)
+            got = (layer.keys.shape[0], layer.keys.shape[2], layer.values.shape[2])
+            want = (shape.heads, _columns(shape.k_codec, shape.key_dim), _columns(shape.v_codec, shape.value_dim))
             if got != want:
                 raise ValueError(
                     f"layer {i} of the prompt cache has (heads, key_dim, value_dim) {got}, the model {want}; it was made for another model"
@@ -140,7 +147,8 @@ class CacheKeeper:
                     "made for another model, or with another max_kv_size"
                 )
         cache.loaded = [
-            LayerState(self._converted(x.keys), self._converted(x.values), x.offset, x.max_size, x.keep) for x in cache.loaded
+            LayerState(_converted(x.keys, shape.k_codec), _converted(x.values, shape.v_codec), x.offset, x.max_size, x.keep)
+            for x, shape in zip(cache.loaded, map(self._cache.shape, self._layers), strict=True)
         ]
 
     def truncate(self, cache: PromptCache, tokens: int) -> None:
@@ -264,12 +272,18 @@ class CacheKeeper:
             seen &= (positions < KEPT_POSITIONS) | (back < cache.max_kv_size - KEPT_POSITIONS)
         return positions[seen]
 
-    def _converted(self, array: np.ndarray) -> np.ndarray:
-        """Elements as the KV cache stores them."""
-        if array.dtype == DTYPES[self.dtype][1]:
-            return array
-        cast = to_mlx(array, "bfloat16" if array.dtype == np.uint16 else "").astype(MLX_DTYPES[self.dtype])
-        return np.array(cast.view(mx.uint16) if self.dtype == "bfloat16" else cast)
+
+def _columns(codec: KVCodec, dim: int) -> int:
+    """Columns of a LayerState's vectors."""
+    return dim if codec.is_float else codec.vector_bytes(dim)
+
+
+def _converted(array: np.ndarray, codec: KVCodec) -> np.ndarray:
+    """Floats as a plane of `codec` stores them; others are bytes already."""
+    if not codec.is_float or array.dtype == STORED[codec.name]:
+        return array
+    cast = to_mlx(array).astype(MLX_DTYPES[codec.name])
+    return np.array(cast.view(mx.uint16) if codec.name == "bfloat16" else cast)
 
 
 def _positions(layout: BlockTables, group: int) -> np.ndarray:

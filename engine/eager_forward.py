@@ -14,6 +14,7 @@ import numpy as np
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
 from metalstep.kernels import sample
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.native import NativeDevice, NativePlan, NativeUnavailable
 from metalstep.kv_cache import BLOCK_SIZE, DTYPES, CacheGroup, LayerShape
@@ -25,11 +26,12 @@ from metalstep.step_session import Span, StartedStep, StepSession
 FLOAT = 4  # bytes of a logit
 
 
-def cache_groups(skeleton: Any) -> list[CacheGroup]:
+def cache_groups(skeleton: Any, dtype: str) -> list[CacheGroup]:
     """What a token keeps in mlx-lm's caches, as one group: layers without keys and values are left out, windows are not counted on.
 
-    A model whose layers all have a state of fixed size gets one layer in which a block is as large as that state.
+    A model whose layers all have a state of fixed size gets one layer in which a block is as large as that state. dtype: see cache_dtype.
     """
+    codec = KVCodec(dtype)
     layers: dict[object, LayerShape] = {}
     state = 0
     for index, entry in enumerate(_traced(skeleton)[1]):
@@ -37,13 +39,14 @@ def cache_groups(skeleton: Any) -> list[CacheGroup]:
         pairs = [(part.keys, part.values) for part in parts if _has_keys(part)]
         if len(pairs) == 1:
             keys, values = pairs[0]
-            layers[index] = LayerShape(keys.shape[1], keys.shape[3], values.shape[3])
+            layers[index] = LayerShape(keys.shape[1], keys.shape[3], values.shape[3], codec, codec)
         elif pairs:
             k, v = (sum(pair[i].shape[1] * pair[i].shape[3] for pair in pairs) for i in range(2))
-            layers[index] = LayerShape(1, k, v)
+            layers[index] = LayerShape(1, k, v, codec, codec)
         state += sum(math.prod(x.shape) for part in parts for x in getattr(part, "cache", ()) if x is not None)
     if not layers:
-        layers[0] = LayerShape(1, max(state // (2 * BLOCK_SIZE), 1), max(state // (2 * BLOCK_SIZE), 1))
+        half = max(state // (2 * BLOCK_SIZE), 1)
+        layers[0] = LayerShape(1, half, half, codec, codec)
     return [CacheGroup(None, layers)]
 
 

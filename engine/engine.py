@@ -60,7 +60,7 @@ class Engine:
         self._native = native
         specs = [GroupSpec(group.window, count) for group, count in zip(native.cache.groups, native.num_blocks, strict=True)]
         self.blocks = KVBlocks(specs, BLOCK_SIZE, PREFILL_ROWS)
-        self.caches = CacheKeeper(self, native.cache, self.blocks)
+        self.caches = CacheKeeper(self, native.cache, self.blocks, native.encoding)
         self._scheduler = Scheduler(
             self.blocks,
             max_seqs=MAX_SEQS,

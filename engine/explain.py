@@ -6,7 +6,8 @@ from typing import Any
 from metalstep.capture import CaptureError, capture
 from metalstep.checkpoint import Checkpoint, build_model
 from metalstep.chips import Chip
-from metalstep.kv_cache import DTYPES
+from metalstep.kv_cache import CacheGroup, layer_order
+from metalstep.kv_scheme import PLAIN, KVScheme
 from metalstep.launch_model import EXPECTED, FAST, LABEL, SLOW, Cost, launch_costs, predict
 from metalstep.plan.paper import PaperPlan, paper_plan
 from metalstep.plan.plan import Plan
@@ -33,6 +34,29 @@ def explain_plan(plan: Plan | PaperPlan) -> dict[str, Any]:
     }
 
 
+def explain_cache(scheme: KVScheme, groups: list[CacheGroup], centred: int = 0) -> dict[str, Any]:
+    """The effective scheme of each layer, in the model's order, bytes per token, and how many times more tokens that is than in float16.
+
+    centred: layers whose keys are.
+    """
+    shapes = {layer: shape for group in groups for layer, shape in group.layers.items()}
+    layers = [
+        {"layer": layer, "keys": shape.k_codec.name, "values": shape.v_codec.name, "bytes_per_token": shape.token_bytes}
+        for layer, shape in ((layer, shapes[layer]) for layer in layer_order(shapes))
+    ]
+    plain = sum(2 * shape.heads * (shape.key_dim + shape.value_dim) for shape in shapes.values())
+    total = sum(shape.token_bytes for shape in shapes.values())
+    return {
+        "scheme": scheme.name,
+        "effective": scheme.describe(),
+        "bytes_per_token": total,
+        "float16_bytes_per_token": plain,
+        "capacity": plain / total,
+        "centred_layers": centred,
+        "layers": layers,
+    }
+
+
 def explain_on_paper(
     checkpoint: Checkpoint,
     target: Target,
@@ -40,7 +64,7 @@ def explain_on_paper(
     chip: Chip | None = None,
     batch: int = 1,
     context: int = 1024,
-    kv_dtype: str = "float16",
+    scheme: KVScheme = PLAIN,
     strict: bool = False,
 ) -> dict[str, Any]:
     """A decode step of `batch` sequences of `context` tokens each as `target` plans it, without its device: nothing is read or run.
@@ -56,14 +80,12 @@ def explain_on_paper(
         raise ValueError(f"batch is {batch}, expected 1 to {MAX_SEQS} sequences; others wait until one of these ends")
     if context < 1 or (isinstance(limit, int) and context > limit):
         raise ValueError(f"context is {context}, expected 1 to the model's own limit of {limit} tokens; pass a shorter one")
-    if kv_dtype not in DTYPES:
-        raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {sorted(DTYPES)}")
     model_type = checkpoint.config.get("model_type", "")
     model = build_model(checkpoint)
     head: dict[str, Any] = {"model_type": model_type, "file_bytes": checkpoint.file_bytes, "device": "metal", "paper": True}
     try:
         captured = capture(model, model_type)
-        plan = paper_plan(captured, checkpoint.tensors, target, rows=batch, context=context, kv_dtype=kv_dtype)
+        plan = paper_plan(captured, checkpoint.tensors, target, rows=batch, context=context, scheme=scheme)
     except CaptureError as error:
         if strict:
             raise
@@ -77,8 +99,9 @@ def explain_on_paper(
         **target.facts(),
         "batch": batch,
         "context": context,
-        "kv_dtype": kv_dtype,
+        "kv_dtype": scheme.name if scheme.compressed else scheme.k.name,
         "kv_bytes_per_token": plan.kv_bytes_per_token,
+        "kv": explain_cache(scheme, plan.groups),
         "max_context": limit,
         **explain_plan(plan),
         "kv_bytes_per_step": sum(cost.kv_bytes for cost in costs),

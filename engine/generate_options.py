@@ -21,9 +21,9 @@ NO_DRAFTS = (
 REFUSED = {  # mlx-lm arguments without a native form, and what works instead
     "draft_model": NO_DRAFTS,
     "num_draft_tokens": NO_DRAFTS,
-    "kv_bits": "a quantised KV cache is not supported; load(..., kv_dtype='float16') is the smallest",
-    "kv_group_size": "a quantised KV cache is not supported; leave it out",
-    "quantized_kv_start": "a quantised KV cache is not supported; leave it out",
+    "kv_bits": "a request has no KV cache of its own to quantise; load(..., kv_scheme='affine8') or another scheme",
+    "kv_group_size": "groups belong to the scheme: load(..., kv_scheme='affine8'); leave it out",
+    "quantized_kv_start": "a KV cache with a scheme is quantised from its first token: load(..., kv_scheme='affine8'); leave it out",
     "stream": "a native model does not run on an MLX stream; leave it out",
 }
 SAMPLING_FIELDS = frozenset(field.name for field in fields(SamplingParams))

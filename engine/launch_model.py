@@ -68,7 +68,7 @@ def _cost(plan: PaperPlan, entry: LoweredLaunch, rows: int, context: int, first:
     for region in (read | written) if first else ():
         if region.handle in plan.planes:
             positions = (seen if region in read else 0) + (1 if region in written else 0)
-            kv_bytes += rows * positions * plan.position_bytes(region)
+            kv_bytes += rows * positions * plan.planes[region.handle]
         elif region.handle in plan.weights:  # of a table of embeddings, a row
             other_bytes += min(region.nbytes, rows * widest)
     macs = rows * (entry.weight_elements + seen * entry.position_macs)

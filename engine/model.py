@@ -5,6 +5,7 @@ import inspect
 import os
 import sys
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -15,7 +16,7 @@ from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager, op
 from metalstep.engine import Engine
 from metalstep.kernels.linear import ARITHMETIC
 from metalstep.kernels.native import KernelError, NativeDevice, NativeUnavailable
-from metalstep.kv_cache import DTYPES as KV_DTYPES
+from metalstep.kv_scheme import PLAIN, KVScheme, parse
 from metalstep.native_model import NativeModel
 from metalstep.plan.host_target import HostTarget
 from metalstep.plan.target import Target
@@ -141,6 +142,12 @@ def load(
     strict: bool = False,
     arithmetic: str = "int16",
     kv_dtype: str = "float16",
+    kv_scheme: str = "none",
+    kv_bits: int | None = None,
+    kv_norm_dtype: str | None = None,
+    kv_scale: str | Sequence[str] | Mapping[str, str] | None = None,
+    kv_boundary: int | None = None,
+    kv_key_center: str | None = None,
     kv_memory: int | float | str | None = None,
     max_context: int | None = None,
     batch_invariant: bool = False,
@@ -152,22 +159,32 @@ def load(
     slow) or "eager" (mlx-lm's own graph); None takes "metal" on a Mac and "host" elsewhere. threads: of the host device; None takes what
     the process may use. strict: raise instead of falling back to eager MLX. arithmetic: of the host device, "int16" (near-exact) or
     "int8" (faster with many rows, less exact). batch_invariant: a request's logits are the same bits whatever else is in its batch;
-    always so on the host device, slower on a GPU. kv_dtype: float16, bfloat16 or float32. max_context: tokens of the longest sequence, at
-    most the model's limit; None takes that limit or what fits. kv_memory: of the KV cache, in bytes, as text ("8GB"), or a fraction of
-    the free memory; None takes half of it (a quarter on a GPU), or what 64 sequences of max_context need if that is less. The host device
-    takes memory when it is first written.
+    always so on the host device, slower on a GPU. kv_dtype: float16, bfloat16 or float32, of keys and values that are not encoded.
+    kv_scheme: none, or how the KV cache is encoded: affine8, turbo8v4, turbo4, turbo4v2, ... (docs/turboquant.md; kv_bits, kv_norm_dtype,
+    kv_scale, kv_boundary, kv_key_center: see kv_scheme.parse); a model that would run eagerly is refused then.
+    max_context: tokens of the longest sequence, at most the model's limit; None takes that limit or what fits. kv_memory: of the KV
+    cache, in bytes, as text ("8GB"), or a fraction of the free memory; None takes half of it (a quarter on a GPU), or what 64 sequences
+    of max_context need if that is less. The host device takes memory when it is first written.
     tokenizer_config, model_config: overrides of the files' own, as in mlx-lm. lazy has no effect: weights are packed when loaded.
     Returns: (Model, mlx-lm TokenizerWrapper).
     Raises: CheckpointError for files that cannot be used; CaptureError and KernelError with strict; ValueError for an option.
     """
     if adapter_path is not None:
         raise NotImplementedError("adapter_path is not supported; fuse the adapter with `mlx_lm.fuse` and load the result")
-    if kv_dtype not in tuple(KV_DTYPES):
-        raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(KV_DTYPES)}")
+    scheme = parse(
+        kv_scheme,
+        kv_dtype=kv_dtype,
+        kv_bits=kv_bits,
+        kv_norm_dtype=kv_norm_dtype,
+        kv_scale=kv_scale,
+        kv_boundary=kv_boundary,
+        kv_key_center=kv_key_center,
+    )
     device = device or DEFAULT_DEVICE
     target = make_target(device, threads=threads, arithmetic=arithmetic, batch_invariant=batch_invariant)
     if device == "eager" and kv_memory is not None:
         raise ValueError(f"kv_memory is {kv_memory!r} on eager, which is mlx-lm's own; it is an option of the devices that run natively")
+    check_scheme(scheme, device)
     checkpoint = open_checkpoint(path_or_hf_repo)
     try:
         checkpoint.config.update(model_config or {})
@@ -177,8 +194,7 @@ def load(
         reason: str | None = "device='eager' was asked for"
         if target is not None:
             native, reason = _native(
-                checkpoint, skeleton, device, threads, target, strict,
-                {"kv_dtype": kv_dtype, "kv_memory": kv_memory, "max_context": max_context},
+                checkpoint, skeleton, device, threads, target, strict, scheme, {"kv_memory": kv_memory, "max_context": max_context}
             )  # fmt: skip
         if native is None:
             load_weights_eager(skeleton, checkpoint, eager_dtype())
@@ -212,6 +228,14 @@ def make_target(device: str, *, threads: int | None, arithmetic: str, batch_inva
     return GpuTarget(batch_invariant=batch_invariant)
 
 
+def check_scheme(scheme: KVScheme, device: str) -> None:
+    """Raises: ValueError for a compressed cache on eager: it would be silently another."""
+    if scheme.compressed and device == "eager":
+        raise ValueError(
+            f"kv_scheme is {scheme.name!r} on eager, whose cache is mlx-lm's own; choose a device that runs natively, or 'none'"
+        )
+
+
 def eager_dtype() -> mx.Dtype | None:
     """Of floats that MLX computes with: None, the checkpoint's own, except on the CPU, where half-precision matmuls take seconds per
     token and are inaccurate."""
@@ -225,35 +249,43 @@ def _native(
     threads: int | None,
     target: Target,
     strict: bool,
+    scheme: KVScheme,
     options: dict[str, Any],
 ) -> tuple[NativeModel | None, str | None]:
     """The native model, or None and why not (after one warning). options: of NativeModel.allocate_memory."""
     try:
         device = NativeDevice.open(device_name, threads or 0)
     except NativeUnavailable as error:
-        return None, why_eager(error, device_name, "", strict=strict)
+        return None, why_eager(error, device_name, "", strict=strict, scheme=scheme)
     model_type = checkpoint.config.get("model_type", "the model")
     try:
-        native = NativeModel(capture(skeleton, model_type), checkpoint, device, target)
+        native = NativeModel(capture(skeleton, model_type), checkpoint, device, target, scheme)
         native.allocate_memory(**options)
         native.warmup()
         return native, None
     except (CaptureError, KernelError) as error:
         device.close()
-        return None, why_eager(error, device_name, model_type, strict=strict)
+        return None, why_eager(error, device_name, model_type, strict=strict, scheme=scheme)
     except BaseException:
         device.close()
         raise
 
 
-def why_eager(error: NativeUnavailable | CaptureError | KernelError, device: str, model_type: str, *, strict: bool) -> str:
-    """The reason to run through eager MLX, after one warning. Raises: the error with strict, and where eager MLX is no answer to it."""
+def why_eager(
+    error: NativeUnavailable | CaptureError | KernelError, device: str, model_type: str, *, strict: bool, scheme: KVScheme = PLAIN
+) -> str:
+    """The reason to run through eager MLX, after one warning.
+
+    Raises: the error with strict, with a scheme that compresses the cache, and where eager MLX is no answer to it.
+    """
     # Who asks for the simulator wants nothing else.
     if isinstance(error, CaptureError):
         text = str(error) if str(error).startswith(model_type) else f"{model_type} has no native step yet: {error}"
+        if scheme.compressed:
+            raise CaptureError(f"{text}; an eager cache is not encoded: load it with kv_scheme='none', not {scheme.name!r}") from error
         if strict:
             raise CaptureError(f"{text}; load it without strict=True to run it through eager MLX") from error
-    elif strict or device == "metal-sim":
+    elif strict or scheme.compressed or device == "metal-sim":
         raise error
     elif isinstance(error, KernelError):
         text = f"the compiler of {device} does not take a kernel of metalstep, which is a bug to report: {error}"

@@ -3,17 +3,28 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 
+from metalstep import key_means
 from metalstep.capture import CapturedModel, CaptureError
 from metalstep.capture.graph import Graph
 from metalstep.capture.passes.kinds import row_size
 from metalstep.checkpoint import Checkpoint
-from metalstep.explain import explain_plan
+from metalstep.explain import explain_cache, explain_plan
 from metalstep.kernels.native import NativeDevice
-from metalstep.kv_cache import BLOCK_SIZE, DTYPES, CacheGroup, PagedKVCache, cache_capacity, cache_groups
+from metalstep.kv_cache import (
+    BLOCK_SIZE,
+    CacheGroup,
+    PagedKVCache,
+    cache_capacity,
+    cache_groups,
+    layer_order,
+    with_scheme,
+)
+from metalstep.kv_scheme import PLAIN, KVScheme
 from metalstep.memory_size import memory_size
 from metalstep.plan.lower import lower
 from metalstep.plan.plan import Plan
@@ -35,7 +46,9 @@ class NativeModel:
     """A captured model on `device`. One engine drives it (metalstep.engine, or step_session): steps share the arrays.
 
     It can run once `allocate` has been called. target: what the kind of device asks for.
-    Raises: CaptureError for a model without attention; ValueError for weights that do not fit the device or a bad config.
+    scheme: of its cache; where it centres keys, by the means of a calibration if there is one (metalstep.key_means).
+    Raises: CaptureError for a model without attention; ValueError for weights that do not fit the device, a bad config, or heads that
+    the scheme does not take.
     """
 
     cache: PagedKVCache
@@ -45,7 +58,14 @@ class NativeModel:
     num_blocks: list[int]
     max_context: int
 
-    def __init__(self, captured: CapturedModel, checkpoint: Checkpoint, device: NativeDevice, target: Target):
+    def __init__(
+        self,
+        captured: CapturedModel,
+        checkpoint: Checkpoint,
+        device: NativeDevice,
+        target: Target,
+        scheme: KVScheme = PLAIN,
+    ):
         self.device = device
         self.target = target
         self._captured = captured
@@ -61,9 +81,13 @@ class NativeModel:
         if limit is not None and not (isinstance(limit, int) and limit > 0):
             raise ValueError(f"the config's max_position_embeddings is {limit!r}, expected a positive integer")
         self.model_context = limit
-        self.groups = cache_groups(self._graph)
-        if not self.groups:
+        groups = cache_groups(self._graph)
+        if not groups:
             raise CaptureError("a model without attention layers, whose state is not a KV cache")
+        self.scheme = scheme
+        self.groups = with_scheme(groups, scheme)
+        self.key_means = _key_means(checkpoint, groups) if scheme.centers else {}
+        self.encoding = _encoding(scheme, self.key_means)  # what the cache's contents depend on besides the tokens; "" for floats
         self.vocab_size = row_size(self._graph.outputs[0])
 
     def allocate(
@@ -71,7 +95,6 @@ class NativeModel:
         num_blocks: list[int],
         *,
         max_context: int,
-        kv_dtype: str,
         max_seqs: int = MAX_SEQS,
         groups: list[CacheGroup] | None = None,
         one_pool: bool = False,
@@ -85,7 +108,12 @@ class NativeModel:
         self.groups = groups or self.groups
         self.num_blocks, self.max_context = num_blocks, max_context
         self.cache = PagedKVCache(
-            self.device, self.groups, num_blocks, kv_dtype, keys_by_token=self.target.keys_by_token, one_pool=one_pool
+            self.device,
+            self.groups,
+            num_blocks,
+            keys_by_token=self.target.keys_by_token,
+            one_pool=one_pool,
+            key_means=self.key_means,
         )
         self.arrays = StepArrays(
             self.device,
@@ -104,17 +132,14 @@ class NativeModel:
         return limit - weight_bytes if limit else None
 
     def allocate_memory(
-        self, *, max_context: int | None = None, kv_memory: int | float | str | None = None, kv_dtype: str = "float16"
+        self, *, max_context: int | None = None, kv_memory: int | float | str | None = None
     ) -> None:
         """`allocate` as many blocks as `kv_memory` holds.
 
         max_context: at most the model's own limit; None takes that limit or what fits. kv_memory: see memory_size; None takes the
-        target's part of the free memory, or what the longest sequences that can run at once need if that is less. kv_dtype: float16,
-        bfloat16 or float32.
+        target's part of the free memory, or what the longest sequences that can run at once need if that is less.
         Raises: as `allocate`; ValueError for an option.
         """
-        if kv_dtype not in DTYPES:
-            raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {sorted(DTYPES)}")
         if max_context is not None and (isinstance(max_context, bool) or not isinstance(max_context, int) or not 1 <= max_context < 2**31):
             raise ValueError(f"max_context is {max_context!r}, expected an integer number of tokens from 1")
         context = max_context or self.model_context or DEFAULT_CONTEXT
@@ -122,16 +147,16 @@ class NativeModel:
             raise ValueError(f"max_context is {max_context}, expected at most the model's own limit of {self.model_context} tokens")
         budget = memory_size("kv_memory", self.target.kv_memory if kv_memory is None else kv_memory, self.memory_left)
         capacity = cache_capacity(
-            self.groups, kv_dtype, budget=budget, context=context, max_seqs=MAX_SEQS, chunk=PREFILL_ROWS
+            self.groups, budget=budget, context=context, max_seqs=MAX_SEQS, chunk=PREFILL_ROWS
         )
         need = context if max_context else min(context, BLOCK_SIZE)
         if capacity.tokens < need:
-            needed = need * sum(group.token_bytes(kv_dtype) for group in self.groups)
+            needed = need * sum(group.token_bytes for group in self.groups)
             raise ValueError(
                 f"a KV cache of {budget:,} bytes holds {capacity.tokens} tokens, expected room for {need} ({needed:,} bytes); load with a "
                 f"larger kv_memory{' or a smaller max_context' if max_context else ''}"
             )
-        self.allocate(capacity.num_blocks, max_context=min(context, capacity.tokens), kv_dtype=kv_dtype)
+        self.allocate(capacity.num_blocks, max_context=min(context, capacity.tokens))
 
     def plan(self, shape: PlanShape) -> Plan:
         """The plan for steps of this shape; made on first use."""
@@ -144,7 +169,10 @@ class NativeModel:
             return self._plans[shape]
 
     def _make_plan(self, shape: PlanShape) -> Plan:
-        graph = self._captured.graph(*ANY_ROWS, self.target.fusion(shape))
+        fusion = self.target.fusion(shape)
+        if self.key_means:  # keys are centred in the launch before attention
+            fusion = replace(fusion, attention=False)
+        graph = self._captured.graph(*ANY_ROWS, fusion)
         try:
             lowered = lower(graph, self._memory, self.weights, self.cache.planes, self.arrays, shape, self.target)
             return Plan(self.device, lowered, self.arrays, shape)
@@ -181,6 +209,7 @@ class NativeModel:
             **({"threads": info.threads} if info.threads else {}),
             **self.target.facts(),
             "kv_bytes_per_token": self.cache.bytes_per_token,
+            "kv": explain_cache(self.scheme, self.groups, len(self.key_means)),
             "max_context": self.max_context,
             **explain_plan(self.decode_plan),
         }
@@ -198,6 +227,23 @@ class NativeModel:
                 plan.close()
             self._plans.clear()
             self.device.close()
+
+
+def _key_means(checkpoint: Checkpoint, groups: list[CacheGroup]) -> key_means.Means:
+    """Of the model's calibration, for the layers where a shift of all keys changes nothing. Raises: ValueError for another model's file."""
+    file = key_means.find(checkpoint.path)
+    if file is None:
+        return {}
+    shapes = {layer: shape for group in groups for layer, shape in group.layers.items()}
+    sizes = {layer: (shapes[layer].heads, shapes[layer].key_dim) for layer in layer_order(shapes)}
+    means = key_means.read(file, sizes, checkpoint.config.get("model_type"))
+    return {layer: mean for layer, mean in means.items() if shapes[layer].shiftable}
+
+
+def _encoding(scheme: KVScheme, means: key_means.Means) -> str:
+    if not scheme.compressed:
+        return ""
+    return scheme.describe() + (f", keys less the means {key_means.fingerprint(means)}" if means else "")
 
 
 def step_sizes(seqs: int, groups: int, context: int, vocab_size: int, *, hidden_size: int = 1) -> StepSizes:

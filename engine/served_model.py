@@ -3,14 +3,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from metalstep.capture import CapturedModel, CaptureError, capture
 from metalstep.checkpoint import build_model, load_weights_eager, open_checkpoint
 from metalstep.eager_forward import cache_dtype, cache_groups, eager_session
+from metalstep.explain import explain_cache
 from metalstep.kernels.native import KernelError, NativeDevice
-from metalstep.kv_cache import BLOCK_SIZE, DTYPES, CacheGroup
+from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, SchemeError
+from metalstep.kv_scheme import PLAIN, KVScheme
 from metalstep.memory_size import free_memory
-from metalstep.model import DEFAULT_DEVICE, eager_dtype, make_target, why_eager
+from metalstep.model import DEFAULT_DEVICE, check_scheme, eager_dtype, make_target, why_eager
 from metalstep.native_model import MAX_SEQS, NativeModel
 from metalstep.plan.paper import paper_plan
 from metalstep.plan.target import Target
@@ -30,18 +33,17 @@ class ServedModel:
         device: str | None = None,
         threads: int | None = None,
         arithmetic: str = "int16",
-        kv_dtype: str = "float16",
+        scheme: KVScheme = PLAIN,
         batch_invariant: bool = False,
         strict: bool = False,
     ):
         """The options are `metalstep.load`'s, as are the errors, except that the launcher is needed in any case: it samples.
 
-        kv_dtype: of a native cache; eager MLX keeps what it computes with, and so does the attribute then.
+        scheme: of a native cache (kv_scheme.parse); eager MLX keeps what it computes with, and is refused where the scheme compresses.
         """
         self.device_name = device or DEFAULT_DEVICE
-        if kv_dtype not in tuple(DTYPES):
-            raise ValueError(f"kv_dtype is {kv_dtype!r}, expected one of {', '.join(DTYPES)}")
-        self.kv_dtype = kv_dtype
+        check_scheme(scheme, self.device_name)
+        self.scheme = scheme
         self._threads = threads or 0
         self._strict = strict
         target = make_target(self.device_name, threads=threads, arithmetic=arithmetic, batch_invariant=batch_invariant)
@@ -56,10 +58,8 @@ class ServedModel:
                 captured = capture(self._skeleton, self.model_type)
                 device_opened = NativeDevice.open(self.device_name, self._threads)
                 self._check_plan(captured, target)
-                self._native = NativeModel(captured, self._checkpoint, device_opened, target)
+                self._native = NativeModel(captured, self._checkpoint, device_opened, target, scheme)
                 self.fallback_reason = None
-            else:
-                self.kv_dtype = cache_dtype(self._skeleton, eager_dtype())
         except (CaptureError, KernelError) as error:
             self._fall_back(error, device_opened)
         except BaseException:
@@ -81,7 +81,7 @@ class ServedModel:
     def groups(self) -> list[CacheGroup]:
         if self._native is not None:
             return self._native.groups
-        return cache_groups(self._skeleton)
+        return cache_groups(self._skeleton, cache_dtype(self._skeleton, eager_dtype()))
 
     @property
     def weight_bytes(self) -> int:
@@ -89,7 +89,7 @@ class ServedModel:
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return sum(group.token_bytes(self.kv_dtype) for group in self.groups)
+        return sum(group.token_bytes for group in self.groups)
 
     def kv_memory(self) -> int:
         """Bytes for a KV cache when nobody says: the part of the free memory that `metalstep.load` takes too."""
@@ -113,7 +113,6 @@ class ServedModel:
                 native.allocate(
                     [num_blocks] * len(parts),
                     max_context=max_context,
-                    kv_dtype=self.kv_dtype,
                     max_seqs=max_seqs,
                     groups=parts,
                     one_pool=True,
@@ -146,9 +145,17 @@ class ServedModel:
             "device": info.name,
             **({"isa": info.isa, "threads": info.threads} if info.isa else {}),
             "launches_per_step": len(self._native.decode_plan.launches),
+            "kv_scheme": self.scheme.describe(),
             "kv_bytes_per_token": self.kv_bytes_per_token,
             **self._native.target.facts(),
         }
+
+    def explain_cache(self) -> dict[str, Any] | None:
+        """How each layer's cache is encoded (metalstep.explain.explain_cache), and whether a calibration would centre keys; None: eager."""
+        if self._native is None:
+            return None
+        means = self._native.key_means
+        return {**explain_cache(self.scheme, self.groups, len(means)), "keys_can_be_centred": self.scheme.centers}
 
     def close(self) -> None:
         if self.session is not None:
@@ -165,7 +172,9 @@ class ServedModel:
         Raises: CaptureError for what has no kernel.
         """
         try:
-            paper_plan(captured, self._checkpoint.tensors, target, rows=1, context=BLOCK_SIZE, kv_dtype=self.kv_dtype)
+            paper_plan(captured, self._checkpoint.tensors, target, rows=1, context=BLOCK_SIZE, scheme=self.scheme)
+        except SchemeError:
+            raise
         except ValueError as error:  # the model's sizes
             raise CaptureError(str(error)) from error
 
@@ -173,8 +182,7 @@ class ServedModel:
         if device is not None:
             device.close()
         try:
-            self.fallback_reason = why_eager(error, self.device_name, self.model_type, strict=self._strict)
+            self.fallback_reason = why_eager(error, self.device_name, self.model_type, strict=self._strict, scheme=self.scheme)
         except BaseException:
             self._checkpoint.close()
             raise
-        self.kv_dtype = cache_dtype(self._skeleton, eager_dtype())

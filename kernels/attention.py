@@ -2,12 +2,18 @@
 
 Softmax is streamed over chunks of the context (Milakov & Gimelshein, arXiv 1805.02867); the chunks depend on a row's context
 alone, so a row's result does not depend on what else is in the step.
+
+Packed planes (kernels/kv_codec.py) are read as they are. Of turbo codecs, a query is rotated once and scored against codes, a score
+times its key's scale; the weighed sum of codes is rotated back once. On the host device a rotated query becomes integers of 15 bits
+and a sign, and the codebook of keys integers of a byte: scores are exact integer sums, up to 3e-3 of a key from the codebook itself.
+A vector that was not finite has NaN for its scale, and so have all rows that see it for their result.
 """
 from __future__ import annotations
 
 import mlx.core as mx
 
 from metalstep.kernels import check, params
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.step import StepBuffers
 
@@ -64,7 +70,8 @@ def launches(
     head_dim: int,
     value_dim: int,
     block_size: int,
-    kv_dtype: int,
+    k_codec: KVCodec,
+    v_codec: KVCodec,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
@@ -75,11 +82,13 @@ def launches(
     """Attend with q (float32 rows of num_q_heads * head_dim elements from `q_offset`, `q_row_stride` elements apart) over the planes.
 
     Units: window in positions (0: all; step.sequences has each sequence's own), q_offset and q_row_stride in elements.
-    kv_dtype: ms_dtype of the planes.
+    k_codec, v_codec: of the planes, whose sizes say where their scales lie (kernels/kv_codec.py).
     group: of the layers that share this one's block tables.
-    Raises: ValueError for head counts that do not divide.
+    Raises: ValueError for head counts that do not divide, or heads that a codec does not take.
     """
     check.divides("attention", "num_q_heads", num_q_heads, "num_kv_heads", num_kv_heads)
+    k_codec.check_dim(head_dim)
+    v_codec.check_dim(value_dim)
     constants = params.pack(
         "MSAttentionParams",
         num_q_heads=num_q_heads,
@@ -87,7 +96,10 @@ def launches(
         head_dim=head_dim,
         value_dim=value_dim,
         block_size=block_size,
-        kv_dtype=kv_dtype,
+        k_codec=k_codec.code,
+        v_codec=v_codec.code,
+        k_scales=k_codec.scales_at(k_plane.nbytes, head_dim),
+        v_scales=v_codec.scales_at(v_plane.nbytes, value_dim),
         window=window,
         q_offset=q_offset,
         q_row_stride=q_row_stride,

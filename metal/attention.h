@@ -44,31 +44,23 @@ inline ms_view ms_view_of(int position, int seq, constant MSStep& step, device c
   return v;
 }
 
-// One kv head of the cache, in the blocks of one sequence.
-template <typename T>
+// Where the positions of one sequence are.
 struct ms_pages {
-  device const T* keys;     // the plane from the head's part of block 0 on
-  device const T* values;
   device const int* table;  // block by position in the sequence
-  ulong heads;              // from a block to the next
+  ulong heads;              // kv heads: from a block to the next
   uint shift;               // log2 of the positions in a block
 };
 
-template <typename T>
-inline ms_pages<T> ms_pages_of(device const T* keys, device const T* values, device const int* table, uint kv_head,
-                               int key_dim, int value_dim, constant MSGpuAttentionParams& p) {
-  ms_pages<T> pages;
-  pages.keys = keys + ((ulong(kv_head) << p.block_shift) * ulong(key_dim));
-  pages.values = values + ((ulong(kv_head) << p.block_shift) * ulong(value_dim));
+inline ms_pages ms_pages_of(device const int* table, constant MSGpuAttentionParams& p) {
+  ms_pages pages;
   pages.table = table;
   pages.heads = p.num_kv_heads;
   pages.shift = p.block_shift;
   return pages;
 }
 
-// Where a position is, counted in rows of a plane from the head's part of block 0 on.
-template <typename T>
-inline ulong ms_place(ms_pages<T> pages, int position) {
+// Where a position is, counted in vectors of a plane from the head's part of block 0 on.
+inline ulong ms_place(ms_pages pages, int position) {
   const ulong block = ulong(uint(pages.table[position >> pages.shift]));
   return ((block * pages.heads) << pages.shift) + ulong(position & ((1 << pages.shift) - 1));
 }

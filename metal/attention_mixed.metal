@@ -4,7 +4,9 @@
 using namespace metal;
 #include "ms_dialect.h"
 #include "params.h"
+#include "kv_codec.h"
 #include "attention.h"
+#include "attention_planes.h"
 
 // A threadgroup has a tile of neighbouring rows and H query heads of one kv head. Rows of the tile that follow one
 // another and have the same sequence are a run; a run's rows times H are the rows of its matrices, so that all heads of
@@ -14,6 +16,8 @@ using namespace metal;
 //
 // D, DV: elements of a key and of a value. A simdgroup has R tiles of 8 matrix rows, and of the elements of keys and
 // values one of DS parts; NSG simdgroups. Rows of a sequence may come in any order; a row's bits depend on its run.
+// T: see ms_planes. Packed keys and values are unpacked into the tile as floats, BK positions of one kv head and no more;
+// where they are in rotated space, queries are rotated in the tile's memory before the first, and results back after the last.
 
 struct ms_run {
   int first;  // row of the tile
@@ -62,21 +66,35 @@ inline ms_span ms_span_of(const threadgroup int* views, ms_run run) {
   return s;
 }
 
-// BK positions of a plane into threadgroup memory, as they are stored; zeros where `needed` has none.
-template <typename T, int W, int LD, int BK, int THREADS>
-inline void ms_fill(threadgroup T* tile, ms_pages<T> pages, device const T* plane, int first, bool whole,
-                    const threadgroup uint* needed, int tid) {
-  for (int i = tid; i < BK * (W / 4); i += THREADS) {
-    const int k = i / (W / 4), at = i % (W / 4) * 4;
-    threadgroup T* to = tile + k * LD + at;
+// Elements from `at` on of the vector at `place`, into threadgroup memory: four floats, or eight that are unpacked.
+template <int W, typename C, typename To>
+inline void ms_fill_from(threadgroup To* to, ms_plane<C> plane, ulong place, uint block_shift, int at, const threadgroup float* table) {
+  const vec<C, 4> four = *(device const vec<C, 4>*)(plane.codes + place * W + at);
+  to[0] = To(four.x);
+  to[1] = To(four.y);
+  to[2] = To(four.z);
+  to[3] = To(four.w);
+}
+template <int W, int CODEC>
+inline void ms_fill_from(threadgroup float* to, ms_plane<ms_packed<CODEC>> plane, ulong place, uint block_shift, int at,
+                         const threadgroup float* table) {
+  float elements[8];
+  const float scale = ms_unpack<W, 8, false>(plane, place, block_shift, at, table, elements);
+  MS_UNROLL for (int e = 0; e < 8; e++) to[e] = ms_layout<ms_packed<CODEC>, W>::turbo ? scale * elements[e] : elements[e];
+}
+
+// BK positions of a plane into threadgroup memory, floats as they are stored, others unpacked; zeros where `needed` has none.
+template <int W, int LD, int BK, int THREADS, typename C, typename To>
+inline void ms_fill(threadgroup To* tile, ms_pages pages, ms_plane<C> plane, int first, bool whole, const threadgroup uint* needed,
+                    const threadgroup float* table, int tid) {
+  constexpr int E = ms_layout<C, W>::packed ? 8 : 4;
+  for (int i = tid; i < BK * (W / E); i += THREADS) {
+    const int k = i / (W / E), at = i % (W / E) * E;
+    threadgroup To* to = tile + k * LD + at;
     if (whole || needed[k] != 0) {
-      const vec<T, 4> four = *(device const vec<T, 4>*)(plane + ms_place(pages, first + k) * W + at);
-      to[0] = four.x;
-      to[1] = four.y;
-      to[2] = four.z;
-      to[3] = four.w;
+      ms_fill_from<W>(to, plane, ms_place(pages, first + k), pages.shift, at, table);
     } else {
-      MS_UNROLL for (int e = 0; e < 4; e++) to[e] = T(0.0f);
+      MS_UNROLL for (int e = 0; e < E; e++) to[e] = To(0.0f);
     }
   }
 }
@@ -129,8 +147,8 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
     device const int* block_tables       [[buffer(3)]],   // [num_seqs, max_blocks]
     device const MSSequence* sequences   [[buffer(4)]],   // [num_seqs]
     device const float* q                [[buffer(5)]],   // rows of [num_q_heads, D]
-    device const T* k_plane              [[buffer(6)]],   // [block, kv_head, block_size, D]
-    device const T* v_plane              [[buffer(7)]],   // [block, kv_head, block_size, DV]
+    device const typename ms_codec<typename ms_cache<T>::key>::stored* k_plane    [[buffer(6)]],  // [block, kv_head, block_size, D]
+    device const typename ms_codec<typename ms_cache<T>::value>::stored* v_plane  [[buffer(7)]],  // [block, kv_head, block_size, DV]
     device float* out                    [[buffer(8)]],   // [num_tokens, num_q_heads, DV]
     device const float* sinks            [[buffer(9)]],   // [num_q_heads]
     constant MSGpuAttentionParams& p     [[buffer(10)]],
@@ -141,16 +159,23 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
     uint lane    [[thread_index_in_simdgroup]]) {
   constexpr int M = NSG / DS * R * 8, TR = M / H;  // matrix rows, rows of the step
   constexpr int NK = D / 8 / DS, NV = DV / 8 / DS, KT = BK / 8;
-  constexpr int LD = (D > DV ? D : DV) + 16 / int(sizeof(T));  // apart by other banks
+  using Tile = typename ms_cache<T>::tile;
+  using KeyCodec = typename ms_cache<T>::key;
+  using ValueCodec = typename ms_cache<T>::value;
+  using Key = ms_layout<KeyCodec, D>;
+  using Value = ms_layout<ValueCodec, DV>;
+  constexpr int LD = (D > DV ? D : DV) + 16 / int(sizeof(Tile));  // apart by other banks
   constexpr int THREADS = NSG * 32;
   static_assert(NSG % DS == 0 && TR >= 1 && TR <= THREADS && BK <= THREADS, "a tile of rows");
   static_assert(D % (8 * DS) == 0 && DV % (8 * DS) == 0, "parts of whole tiles");
-  threadgroup T tile[BK * LD];
+  threadgroup Tile tile[BK * LD];
   threadgroup float partial[DS > 1 ? NSG * R * BK * 8 : 1];
   threadgroup int views[TR * 4];
   threadgroup int seqs[TR];
   threadgroup uint needed[BK];
   threadgroup uint broken[BK];
+  threadgroup float key_table[Key::table];
+  threadgroup float value_table[Value::table];
 
   const int row0 = int(at.y) * TR, rows = min(TR, int(step.num_tokens) - row0);
   if (rows <= 0) return;
@@ -163,6 +188,8 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
     views[tid * 4 + 3] = v.hi;
     seqs[tid] = seq_ids[row];
   }
+  ms_fill_table<KeyCodec, D>(key_table, int(tid));
+  ms_fill_table<ValueCodec, DV>(value_table, int(tid));
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   const int group = int(p.num_q_heads / p.num_kv_heads), slices = (group + H - 1) / H;
@@ -172,6 +199,7 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
   const int part = int(sg) % DS, first_matrix_row = int(sg) / DS * (R * 8);
   const ushort2 mine = ms_frag_coord(ushort(lane));
   const float scale = ms_query_scale(p);
+  threadgroup float* floats = (threadgroup float*)tile;  // where it is one of floats
 
   int number = 0;
   ms_run run;
@@ -183,7 +211,7 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
     const ms_span span = ms_span_of(views, run);
     const bool active = first_matrix_row < run.rows * H;
 
-    // 1. Queries: this simdgroup's part of its rows, scaled.
+    // 1. Queries: this simdgroup's part of its rows, scaled; rotated in the tile's memory where keys are.
     ms_matrix_rows<R, NK, NV> t;
     MS_UNROLL for (int r = 0; r < R; r++) {
       const int i = first_matrix_row + r * 8 + mine.x, j = i / H, g = i % H;
@@ -196,13 +224,34 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
                                  ulong(first_head + (there ? g : 0)) * D + part * NK * 8 + mine.y;
       MS_UNROLL for (int k = 0; k < NK; k++)
         MS_UNROLL for (int e = 0; e < 2; e++)
-          t.q[k].tile[r].thread_elements()[e] = there ? from[k * 8 + e] * scale : 0.0f;
+          t.q[k].tile[r].thread_elements()[e] = there && !Key::turbo ? from[k * 8 + e] * scale : 0.0f;
+    }
+    for (int row = 0; Key::turbo && row < run.rows * H; row += BK) {
+      for (int i = row + int(sg); i < min(row + BK, run.rows * H); i += NSG) {
+        const int g = i % H;
+        if (g >= heads) continue;
+        device const float* from = q + p.q_offset + ulong(row0 + run.first + i / H) * p.q_row_stride + ulong(first_head + g) * D;
+        threadgroup float* to = floats + (i - row) * LD;
+        for (int d = int(lane); d < D; d += 32) to[d] = from[d] * scale;
+        ms_rotate<Key::turbo ? D : 32>(to, ms_kv_seeds[0], lane);
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      MS_UNROLL for (int r = 0; r < R; r++) {
+        const int i = first_matrix_row + r * 8 + mine.x - row;
+        if (i < 0 || i >= BK || t.view[r].hi == 0) continue;
+        const threadgroup float* from = floats + i * LD + part * NK * 8 + mine.y;
+        MS_UNROLL for (int k = 0; k < NK; k++)
+          MS_UNROLL for (int e = 0; e < 2; e++) t.q[k].tile[r].thread_elements()[e] = from[k * 8 + e];
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
     }
     MS_UNROLL for (int v = 0; v < NV; v++) ms_clear(t.o[v]);
 
     // 2. Positions, BK at a time: kept ones, then those from the first row's first to the last row's own.
     device const int* table = block_tables + ulong(uint(max(run.seq, 0))) * step.max_blocks;
-    const ms_pages<T> pages = ms_pages_of(k_plane, v_plane, table, kv_head, D, DV, p);
+    const ms_pages pages = ms_pages_of(table, p);
+    const ms_plane<KeyCodec> keys = ms_plane_of<KeyCodec, D>(k_plane, p.k_scales, kv_head, p.block_shift);
+    const ms_plane<ValueCodec> values = ms_plane_of<ValueCodec, DV>(v_plane, p.v_scales, kv_head, p.block_shift);
     const int recent = span.lo / BK * BK;
     int first = min(span.keep_lo, span.lo) / BK * BK;
     for (; first < span.hi; first += BK) {
@@ -223,7 +272,7 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
           continue;
         }
       }
-      ms_fill<T, D, LD, BK, THREADS>(tile, pages, pages.keys, first, whole, needed, int(tid));
+      ms_fill<D, LD, BK, THREADS>(tile, pages, keys, first, whole, needed, key_table, int(tid));
       threadgroup_barrier(mem_flags::mem_threadgroup);
       ms_sums<R, KT> scores;
       if (active) {
@@ -240,10 +289,10 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      ms_fill<T, DV, LD, BK, THREADS>(tile, pages, pages.values, first, whole, needed, int(tid));
+      ms_fill<DV, LD, BK, THREADS>(tile, pages, values, first, whole, needed, value_table, int(tid));
       threadgroup_barrier(mem_flags::mem_threadgroup);
       if (!whole) {
-        ms_mark_broken<T, DV, LD, BK, THREADS>(tile, broken, int(tid));
+        ms_mark_broken<Tile, DV, LD, BK, THREADS>(tile, broken, int(tid));
         threadgroup_barrier(mem_flags::mem_threadgroup);
       }
       if (active) {
@@ -298,21 +347,46 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }
 
-    // 5. The rows' results.
+    // 5. The rows' results; what is in rotated space goes back through the tile's memory.
+    float factor[R];
     if (active) {
       MS_UNROLL for (int r = 0; r < R; r++) {
-        const int i = first_matrix_row + r * 8 + mine.x, j = i / H, g = i % H;
-        const bool there = j < run.rows && g < heads;
+        const int g = (first_matrix_row + r * 8 + mine.x) % H;
         const float sum = ms_row_sum(t.s[r]);
-        const int head = first_head + (there ? g : 0);
-        const float sink = p.has_sinks != 0 ? sinks[head] : 0.0f;
-        const float factor = t.view[r].hi > 0 ? ms_last_factor(t.m[r], sum, p.has_sinks != 0, sink) : ms_nan();
-        device float* to = out + (ulong(row0 + run.first + (there ? j : 0)) * p.num_q_heads + ulong(head)) * DV +
-                           part * NV * 8 + mine.y;
-        MS_UNROLL for (int v = 0; v < NV; v++)
-          MS_UNROLL for (int e = 0; e < 2; e++)
-            if (there) to[v * 8 + e] = t.o[v].tile[r].thread_elements()[e] * factor;
+        const float sink = p.has_sinks != 0 ? sinks[first_head + (g < heads ? g : 0)] : 0.0f;
+        factor[r] = t.view[r].hi > 0 ? ms_last_factor(t.m[r], sum, p.has_sinks != 0, sink) : ms_nan();
       }
+    }
+    if (!Value::turbo) {
+      if (!active) continue;
+      MS_UNROLL for (int r = 0; r < R; r++) {
+        const int i = first_matrix_row + r * 8 + mine.x, j = i / H, g = i % H;
+        if (j >= run.rows || g >= heads) continue;
+        device float* to = out + (ulong(row0 + run.first + j) * p.num_q_heads + ulong(first_head + g)) * DV + part * NV * 8 + mine.y;
+        MS_UNROLL for (int v = 0; v < NV; v++)
+          MS_UNROLL for (int e = 0; e < 2; e++) to[v * 8 + e] = t.o[v].tile[r].thread_elements()[e] * factor[r];
+      }
+      continue;
+    }
+    for (int row = 0; row < run.rows * H; row += BK) {
+      MS_UNROLL for (int r = 0; r < R; r++) {
+        const int i = first_matrix_row + r * 8 + mine.x - row;
+        if (!active || i < 0 || i >= BK) continue;
+        threadgroup float* to = floats + i * LD + part * NV * 8 + mine.y;
+        MS_UNROLL for (int v = 0; v < NV; v++)
+          MS_UNROLL for (int e = 0; e < 2; e++) to[v * 8 + e] = t.o[v].tile[r].thread_elements()[e] * factor[r];
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      for (int i = row + int(sg); i < min(row + BK, run.rows * H); i += NSG) {
+        const int g = i % H;
+        if (g >= heads) continue;
+        threadgroup float* from = floats + (i - row) * LD;
+        device float* to = out + (ulong(row0 + run.first + i / H) * p.num_q_heads + ulong(first_head + g)) * DV;
+        ms_rotate_back<Value::turbo ? DV : 32>(from, ms_kv_seeds[1], lane);
+        simdgroup_barrier(mem_flags::mem_threadgroup);
+        for (int d = int(lane); d < DV; d += 32) to[d] = from[d];
+      }
+      threadgroup_barrier(mem_flags::mem_threadgroup);
     }
   }
 }

@@ -57,7 +57,9 @@ enum ms_instr_op {
   MS_OP_LAYER_NORM = 9,   // dst = (a - mean) / sqrt(var + imm0) * b + c over spans of `inner`; b, c may be MS_NONE
   MS_OP_SOFTMAX = 10,     // over spans of `inner`
   MS_OP_REDUCE = 11,      // dst[i] = reduction (dims[0]: ms_combine) of the i-th span of `inner`; n counts results
-  MS_OP_KV_WRITE = 12,    // a = keys, b = values of this row into slot (K) and slot2 (V); dims = kv_heads, key_dim, value_dim, block_size
+  MS_OP_KV_WRITE = 12,    // a = keys, b = values of this row, encoded, into slot (K) and slot2 (V); dims = kv_heads, key_dim,
+                          // value_dim, block_size; dtype, inner = ms_kv_codec of K and V; offset, row_stride = scales of K and V
+                          // (see ms_kv_codec); imm = ms_kv_scale of K + 4 * that of V
   // Elementwise, over n elements. An operand whose bit is set in `imm` is the scalar imm0 / imm1 / imm2 (for a / b / c).
   MS_OP_COPY = 32,
   MS_OP_NEG = 33,
@@ -214,6 +216,29 @@ typedef struct {
   uint32_t row_stride;    // 0: the same for every row
 } MSGpuLinearAccess;
 
+// ---- the cache ------------------------------------------------------------------------------------------------------------
+// How the vectors of a plane are stored. Floats have the number of their ms_dtype and fill their plane. Others (kernels/turboquant.py)
+// are codes, uint32 words [block, kv_head, block_size, words] (of K on the host device [block, kv_head, words, block_size]), and behind
+// all of them scales, from the plane's 4-byte word `k_scales` or `v_scales` on. Element j of a vector has bits [j * bits, (j + 1) * bits)
+// of its words, LSB first.
+enum ms_kv_codec {
+  MS_KV_FLOAT32 = 0,
+  MS_KV_FLOAT16 = 1,
+  MS_KV_BFLOAT16 = 2,
+  MS_KV_TURBO2 = 18,    // 16 + bits: rotated, indices of a codebook; scales [block, kv_head, block_size], float16
+  MS_KV_TURBO3 = 19,
+  MS_KV_TURBO4 = 20,
+  MS_KV_AFFINE8 = 24,   // float16 scales [block, kv_head, group, 2, block_size]: the step of each group of elements, its least element
+  MS_KV_WIDE_SCALES = 64,  // a bit: the scales of a turbo codec are float32
+};
+
+// What a turbo vector's scale is, from its norm n, its rotated unit vector y and the codebook's vector q.
+enum ms_kv_scale {
+  MS_KV_SCALE_MATCHED = 0,   // n / |q|: keeps the norm
+  MS_KV_SCALE_RAW = 1,       // n
+  MS_KV_SCALE_UNBIASED = 2,  // n / <y, q>: keeps inner products with the vector itself
+};
+
 // ---- attention over the paged cache ---------------------------------------------------------------------------------
 typedef struct {
   uint32_t num_q_heads;
@@ -221,7 +246,10 @@ typedef struct {
   uint32_t head_dim;      // of queries and keys
   uint32_t value_dim;
   uint32_t block_size;    // tokens in a KV block
-  uint32_t kv_dtype;      // ms_dtype
+  uint32_t k_codec;       // ms_kv_codec
+  uint32_t v_codec;
+  uint32_t k_scales;      // 4-byte words of the plane before its scales; 0 for floats
+  uint32_t v_scales;
   uint32_t window;        // positions a row sees, itself included; 0: all
   uint32_t q_offset;      // elements
   uint32_t q_row_stride;  // elements
@@ -236,8 +264,8 @@ enum ms_attention_slot {
   MS_ATTN_SEQ_IDS = 2,       // int32 [num_tokens], row of block_tables
   MS_ATTN_BLOCK_TABLES = 3,  // int32 [num_seqs, max_blocks]
   MS_ATTN_Q = 4,             // float32 [num_tokens, num_q_heads, head_dim]
-  MS_ATTN_K = 5,             // kv_dtype; host: [block, kv_head, head_dim, block_size], else [block, kv_head, block_size, head_dim]
-  MS_ATTN_V = 6,             // kv_dtype [block, kv_head, block_size, value_dim]
+  MS_ATTN_K = 5,             // k_codec; floats: host [block, kv_head, head_dim, block_size], else [block, kv_head, block_size, head_dim]
+  MS_ATTN_V = 6,             // v_codec; floats: [block, kv_head, block_size, value_dim]
   MS_ATTN_OUT = 7,           // float32 [num_tokens, num_q_heads, value_dim]
   MS_ATTN_SINKS = 8,         // float32 [num_q_heads]; any buffer when has_sinks is 0
   MS_ATTN_SEQUENCES = 9,     // MSSequence [num_seqs]
@@ -254,6 +282,8 @@ typedef struct {
   uint32_t has_sinks;     // 1: one float32 logit per q head joins the softmax's denominator
   uint32_t splits;        // pieces of a context at most; the last has all that is left. 1: no pieces
   uint32_t split_len;     // visible positions in a piece
+  uint32_t k_scales;      // 4-byte words of the plane before its scales; 0 for floats
+  uint32_t v_scales;
   float scale;
   float softcap;          // 0: none; else scores become softcap * tanh(score / softcap)
   // What is done inside, before a row attends:

@@ -5,6 +5,7 @@ using namespace metal;
 #include "ms_dialect.h"
 #include "params.h"
 #include "expressions.h"
+#include "kv_codec.h"
 
 // ---- totals over the threads of a span ------------------------------------------------------------------------------
 // An operation has the numbers that it works on, from an element (of) and back (value), what changes none of them, a

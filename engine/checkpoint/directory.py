@@ -15,6 +15,7 @@ from metalstep.checkpoint.mapped_file import MappedFile
 from metalstep.checkpoint.safetensors_file import read_safetensors
 from metalstep.checkpoint.skeleton import directory_skeleton
 from metalstep.checkpoint.tensors import ComputedTensor, FileTensor
+from metalstep.key_means import FILE as KEY_MEANS
 
 INDEX = "model.safetensors.index.json"
 
@@ -101,10 +102,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The files that the index names, or model*.safetensors, or every .safetensors file. Raises: CheckpointError."""
+    """The files that the index names, or model*.safetensors, or every .safetensors file of weights. Raises: CheckpointError."""
     if (path / INDEX).is_file():
         return [path / name for name in _index(path)]
-    files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("*.safetensors"))
+    files = sorted(path.glob("model*.safetensors")) or sorted(f for f in path.glob("*.safetensors") if f.name != KEY_MEANS)
     if not files:
         raise CheckpointError(f"{path}: no .safetensors files; download the weights, or convert them with `mlx_lm.convert`")
     return files

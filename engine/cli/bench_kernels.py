@@ -44,7 +44,7 @@ def parser() -> Parser:
     p.add_argument("--context", type=integers, metavar="N,…", help="tokens of a sequence (default: 1024,8192; on metal-sim 64)")
     p.add_argument("--bits", type=positive, default=4, metavar="N", help="of weights; 16: not quantised (default: 4)")
     p.add_argument("--group-size", type=positive, default=64, metavar="N", help="of quantised weights (default: 64)")
-    p.add_argument("--kv-dtype", choices=DTYPES, default="float16", help="type of the KV cache (default: float16)")
+    p.add_argument("--kv-dtype", choices=sorted(DTYPES), default="float16", help="type of the KV cache (default: float16)")
     p.add_argument("--chip", metavar="NAME", help=f"show fractions of this chip's bandwidth: {', '.join(CHIPS)}")
     p.add_argument("--samples", type=positive, metavar="N", help=f"of each case (default: {SAMPLES}; on metal-sim {SIMULATED_SAMPLES})")
     p.add_argument("--json", action="store_true", help="the same as JSON")

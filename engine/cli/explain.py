@@ -10,7 +10,8 @@ from typing import Any
 
 from metalstep.chips import CHIPS, find_chip
 from metalstep.cli.errors import CommandError
-from metalstep.cli.parser import Parser, add_load_options, counted, load_model, positive
+from metalstep.cli.parser import Parser, add_load_options, counted, load_model, positive, scheme_options
+from metalstep.kv_scheme import parse
 
 MIB = 1 << 20
 CONTEXT = 1024  # tokens of each sequence, unless told otherwise
@@ -90,7 +91,7 @@ def on_paper(args: argparse.Namespace) -> dict[str, Any]:
             chip=chip,
             batch=args.batch or 1,
             context=context,
-            kv_dtype=args.kv_dtype,
+            scheme=parse(args.kv_scheme, kv_dtype=args.kv_dtype, **{k: v for k, v in scheme_options(args).items() if k != "kv_scheme"}),
             strict=args.strict,
         )
     return {**about, "device_description": "metal, planned on paper", **report}
@@ -126,10 +127,30 @@ def describe(plan: dict[str, Any], every: bool = False) -> list[str]:
         f"launches per token  {plan['launches_per_token']}, {plan['barriers_per_token']} of them behind a barrier",
         f"read per token      {plan['weight_bytes_per_token'] / MIB:,.2f} MiB of weights, "
         f"{plan['kv_bytes_per_token']:,} bytes of KV cache per cached token",
+        *cache_lines(plan["kv"]),
         f"memory              arena {plan['arena_bytes']:,} bytes; a sequence has up to {counted(plan['max_context'], 'token')}",
         "",
     ]
     return lines + (every_launch if every else kinds)(plan["launches"])
+
+
+def cache_lines(kv: dict[str, Any]) -> list[str]:
+    """The KV cache's encoding: bytes per token, what that gains, and which layers have which codecs."""
+    runs: list[list[Any]] = []  # first layer, last layer, what they have
+    for entry in kv["layers"]:
+        kind = (entry["keys"], entry["values"], entry["bytes_per_token"])
+        if runs and runs[-1][2] == kind:
+            runs[-1][1] = entry["layer"]
+        else:
+            runs.append([entry["layer"], entry["layer"], kind])
+    centred = f", keys of {counted(kv['centred_layers'], 'layer')} centred" if kv["centred_layers"] else ""
+    lines = [f"KV cache            {kv['effective']}{centred}: {kv['capacity']:.2f}x the tokens of float16 in the same memory"]
+    if kv["scheme"] == "none":
+        return lines
+    return lines + [
+        f"  layers {first} to {last}: keys {keys}, values {values}, {nbytes:,} bytes per token each"
+        for first, last, (keys, values, nbytes) in runs
+    ]
 
 
 def paper_totals(plan: dict[str, Any]) -> list[str]:
@@ -142,6 +163,7 @@ def paper_totals(plan: dict[str, Any]) -> list[str]:
         f"cache, {plan['other_bytes_per_step'] / MIB:,.2f} MiB of activations and the like",
         f"computed per step   {plan['flops_per_step'] / 1e9:,.2f} GFLOP",
         f"memory              arena {plan['arena_bytes']:,} bytes; {plan['kv_bytes_per_token']:,} bytes of KV cache per token",
+        *cache_lines(plan["kv"]),
     ]
     predicted = plan.get("prediction")
     if predicted:

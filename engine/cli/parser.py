@@ -122,6 +122,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-dtype", choices=DTYPES, default="float16", help="type of the KV cache (default: float16)"
     )
+    add_scheme_options(group)
     group.add_argument(
         "--max-context",
         type=positive,
@@ -139,6 +140,32 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_scheme_options(group: Any) -> None:
+    """How the KV cache is encoded: the options that `scheme_options` reads."""
+    group.add_argument(
+        "--kv-scheme", metavar="NAME", default="none",
+        help="compress the KV cache: affine8, turbo8v4, turbo4, turbo4v2, ... (`metalstep explain` shows bytes; default: none)",
+    )  # fmt: skip
+    group.add_argument("--kv-norm-dtype", choices=("f16", "f32"), help="of each vector's scale in a turbo scheme (default: f16)")
+    group.add_argument(
+        "--kv-scale", metavar="KIND",
+        help="what a turbo vector's scale keeps: matched (its norm, default), raw or unbiased; of keys and values apart: matched,unbiased",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-boundary", type=int, metavar="N",
+        help="first and last N layers that are affine8 (default: 2 where keys have 2 to 4 bits or values 2; 0: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--kv-key-center", choices=("auto", "off"), help="whether keys are centred by what `metalstep calibrate` found (default: auto)"
+    )
+
+
+def scheme_options(args: argparse.Namespace) -> dict[str, Any]:
+    """`load`'s options of the KV cache's encoding, those that were given."""
+    names = ("kv_scheme", "kv_norm_dtype", "kv_scale", "kv_boundary", "kv_key_center")
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def load_model(args: argparse.Namespace, **others: Any) -> tuple[Model, Any]:
     """`metalstep.load` with the options of `add_load_options`; (model, tokenizer)."""
     if args.kv_memory is not None:
@@ -152,5 +179,6 @@ def load_model(args: argparse.Namespace, **others: Any) -> tuple[Model, Any]:
         arithmetic=args.arithmetic,
         kv_dtype=args.kv_dtype,
         max_context=args.max_context,
+        **scheme_options(args),
         **others,
     )

@@ -60,9 +60,8 @@ def add_request_options(parser: argparse.ArgumentParser) -> None:
     for name in ("--draft-model", "--num-draft-tokens"):
         refuse(parser, name, "speculative decoding is not supported", several)
     refuse(parser, "--adapter-path", "adapters are not supported", "fuse it with `mlx_lm.fuse` and pass the result as --model")
-    smaller = "--kv-dtype float16 is the smallest cache, and --max-kv-size bounds it"
     for name in ("--kv-bits", "--kv-group-size", "--quantized-kv-start"):
-        refuse(parser, name, "a quantised KV cache is not supported", smaller)
+        refuse(parser, name, "the KV cache is quantised as a scheme says", "use --kv-scheme, as in --kv-scheme affine8")
 
 
 def option(name: str) -> str:

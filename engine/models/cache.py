@@ -55,6 +55,7 @@ class PromptCache(list):
         self.held = BlockTables()
         self.spilled: HostBlocks | None = None
         self.loaded: list[LayerState] | None = None
+        self.encoding = ""  # of `loaded`, see CacheKeeper
         self.engine: Engine | None = None
         self.in_use = False  # a request has it whose caller has not taken or given up everything
         self._finalizer: Any = None
@@ -131,7 +132,7 @@ class PromptCache(list):
         self.check_idle()
         other = PromptCache(self.windows, self.max_kv_size)
         other.tokens = list(self.tokens)
-        other.exact, other.loaded = self.exact, self.loaded
+        other.exact, other.loaded, other.encoding = self.exact, self.loaded, self.encoding
         if self.engine is not None:
             other.bind(self.engine)
             self.engine.caches.share(self, other)
@@ -183,7 +184,9 @@ class KVCache:
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """mlx-lm's state, of copies: keys and values [1, heads, rows, dim], then counts. Raises: ValueError while a request uses it."""
+        """mlx-lm's state, of copies: keys and values [1, heads, rows, dim], or [1, heads, rows, bytes] where they are encoded; then counts.
+
+        Raises: ValueError while a request uses it."""
         cache = self._cache
         cache.check_idle()
         return _states(cache)[self._index]
@@ -243,13 +246,12 @@ def _states(cache: PromptCache) -> list[tuple[Any, ...]]:
     layers: list[Any] = cache.loaded or [None] * len(cache)
     if cache.tokens and engine is not None:
         layers = engine.caches.export(cache)
-    dtype = engine.caches.dtype if engine is not None else cache.loaded[0].dtype if cache.loaded else ""
     states = []
     for window, layer in zip(cache.windows, layers, strict=True):
         if window is not None and cache.max_kv_size is not None:
             raise ValueError("mlx-lm has no cache with max_kv_size for a model with windows of its own, so this one has no state")
         keep = 0 if cache.max_kv_size is None else KEPT_POSITIONS
-        states.append(mlx_state(layer, window if cache.max_kv_size is None else cache.max_kv_size, keep, dtype))
+        states.append(mlx_state(layer, window if cache.max_kv_size is None else cache.max_kv_size, keep))
     return states
 
 
@@ -269,7 +271,9 @@ def make_prompt_cache(model: Model, max_kv_size: int | None = None) -> Any:
 
 
 def save_prompt_cache(file_name: str | os.PathLike[str], cache: Any, metadata: dict[str, str] | None = None) -> None:
-    """Write a cache to a .safetensors file that mlx-lm can load too. metadata: text by name, to be loaded with it.
+    """Write a cache to a .safetensors file that mlx-lm can load too; that of a model with a kv_scheme is for models with the same one.
+
+    metadata: text by name, to be loaded with it.
 
     Raises: ValueError for one that cannot be saved: in use, or with a max_kv_size for a model with windows of its own.
     """
@@ -278,7 +282,8 @@ def save_prompt_cache(file_name: str | os.PathLike[str], cache: Any, metadata: d
 
         return mlx_save_prompt_cache(os.fspath(file_name), cache, metadata)
     cache.check_idle()
-    write_cache(os.fspath(file_name), _states(cache), cache.tokens, cache.max_kv_size, metadata or {})
+    encoding = cache.engine.caches.encoding if cache.engine is not None else cache.encoding
+    write_cache(os.fspath(file_name), _states(cache), cache.tokens, cache.max_kv_size, metadata or {}, encoding)
     return None
 
 
@@ -294,6 +299,7 @@ def load_prompt_cache(file_name: str | os.PathLike[str], return_metadata: bool =
     cache.tokens = contents.tokens
     if contents.tokens:
         cache.loaded, cache.exact = [layer for layer in contents.layers if layer is not None], False
+        cache.encoding = contents.encoding
     return (cache, contents.metadata) if return_metadata else cache
 
 

@@ -11,6 +11,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 OWN = "metalstep"  # our entry among the metadata
 STATES = {"KVCache": 3, "RotatingKVCache": 6}  # mlx-lm's classes and the length of their state
+ENCODED = "Metalstep"  # before the class of a layer that is encoded, so that mlx-lm does not take its bytes for numbers
 KEPT_POSITIONS = 4  # first positions that max_kv_size keeps, as mlx-lm does
 
 
@@ -20,7 +21,8 @@ class CacheFileError(ValueError):
 
 @dataclass(frozen=True)
 class LayerState:
-    """What one layer holds. keys [heads, rows, key_dim], values [heads, rows, value_dim]: float16, float32, or uint16 for bfloat16.
+    """What one layer holds. keys [heads, rows, key_dim], values [heads, rows, value_dim]: float16, float32, or uint16 for bfloat16; where
+    they are encoded [heads, rows, bytes of a vector] uint8.
 
     Rows are in order of position: all `offset` of them, or the first `keep` and the last ones. max_size: positions that a row sees.
     """
@@ -30,10 +32,6 @@ class LayerState:
     offset: int
     max_size: int | None = None
     keep: int = 0
-
-    @property
-    def dtype(self) -> str:
-        return "bfloat16" if self.keys.dtype == np.uint16 else str(self.keys.dtype)
 
     @property
     def is_whole(self) -> bool:
@@ -57,27 +55,34 @@ class LayerState:
 
 @dataclass
 class CacheFile:
-    """layers, max_sizes: per layer; an empty cache has None for each layer. tokens: -1 where the file does not say."""
+    """layers, max_sizes: per layer; an empty cache has None for each layer. tokens: -1 where the file does not say. encoding: how the
+    layers are encoded (CacheKeeper.encoding), "" for floats."""
 
     layers: list[LayerState | None]
     max_sizes: list[int | None]
     tokens: list[int]
     max_kv_size: int | None
     metadata: dict[str, str]
+    encoding: str = ""
 
 
-def mlx_state(layer: LayerState | None, max_size: int | None, keep: int, dtype: str) -> tuple[Any, ...]:
+def mlx_state(layer: LayerState | None, max_size: int | None, keep: int) -> tuple[Any, ...]:
     """The state of mlx-lm's KVCache, or of its RotatingKVCache where there is a max_size, for one layer."""
     if layer is None:
         return (None, None, 0) if max_size is None else (None, None, 0, keep, max_size, 0)
-    arrays = to_mlx(layer.keys, dtype)[None], to_mlx(layer.values, dtype)[None]
+    arrays = to_mlx(layer.keys)[None], to_mlx(layer.values)[None]
     return (*arrays, layer.offset) if max_size is None else (*arrays, layer.offset, keep, max_size, layer.rows)
 
 
 def write_cache(
-    path: str, states: list[tuple[Any, ...]], tokens: list[int], max_kv_size: int | None, metadata: dict[str, str]
+    path: str,
+    states: list[tuple[Any, ...]],
+    tokens: list[int],
+    max_kv_size: int | None,
+    metadata: dict[str, str],
+    encoding: str = "",
 ) -> None:
-    """states: mlx_state of each layer. Raises: ValueError for metadata that is not text."""
+    """states: mlx_state of each layer. encoding: see CacheFile. Raises: ValueError for metadata that is not text."""
     for key, text in metadata.items():
         if not isinstance(key, str) or not isinstance(text, str) or key == OWN or "." in key:  # mlx-lm's files nest names by dots
             raise ValueError(f"metadata has {key!r}: {text!r:.40}, expected text by name, no name with a dot, and not {OWN!r}")
@@ -88,8 +93,8 @@ def write_cache(
         if not isinstance(value, mx.array):
             others.append((name, "none" if value is None else "scalar"))
         arrays[name] = mx.array([]) if value is None else mx.array(value)
-    own = json.dumps({"tokens": tokens, "max_kv_size": max_kv_size})
-    classes = [next(name for name, length in STATES.items() if length == len(state)) for state in states]
+    own = json.dumps({"tokens": tokens, "max_kv_size": max_kv_size, **({"encoding": encoding} if encoding else {})})
+    classes = [(ENCODED if encoding else "") + next(name for name, length in STATES.items() if length == len(state)) for state in states]
     mx.save_safetensors(path, arrays, dict(tree_flatten([{**metadata, OWN: own}, classes, others])))
 
 
@@ -108,6 +113,7 @@ def read_cache(path: str) -> CacheFile:
         states = [names[str(i)] for i in range(len(classes))]
     except Exception as error:  # MLX raises several kinds for a missing file and a foreign one
         raise CacheFileError(f"{path}: not a prompt cache: {error}; expected a file that save_prompt_cache wrote") from None
+    classes = [name.removeprefix(ENCODED) for name in classes]
     for name in classes:
         if name not in STATES:
             raise CacheFileError(f"{path}: it holds {name}, expected layers of {' or '.join(STATES)}; only plain caches can be loaded")
@@ -121,6 +127,7 @@ def read_cache(path: str) -> CacheFile:
         keeps = {size for size, keep in sizes if keep == KEPT_POSITIONS}  # what max_kv_size makes; windows keep nothing
         max_kv_size = own.get("max_kv_size", keeps.pop() if len(keeps) == 1 else None)
         check_max_kv_size(max_kv_size)
+        encoding = str(own.get("encoding", ""))
         if min(tokens, default=0) < -1:
             raise ValueError(f"id {min(tokens)}")
     except (ValueError, TypeError, AttributeError) as error:
@@ -129,7 +136,7 @@ def read_cache(path: str) -> CacheFile:
     if offsets - {length} or len(tokens) != length:
         raise CacheFileError(f"{path}: it has {len(tokens)} token ids for layers of {sorted(offsets)} tokens, expected one number")
     max_sizes = [size for size, _ in sizes]
-    return CacheFile(layers if length else [None] * len(layers), max_sizes, tokens, max_kv_size, metadata)
+    return CacheFile(layers if length else [None] * len(layers), max_sizes, tokens, max_kv_size, metadata, encoding)
 
 
 def check_max_kv_size(value: object) -> None:
@@ -138,9 +145,9 @@ def check_max_kv_size(value: object) -> None:
         raise ValueError(f"max_kv_size is {value!r}, expected None or an integer above {KEPT_POSITIONS}")
 
 
-def to_mlx(array: np.ndarray, dtype: str) -> mx.array:
+def to_mlx(array: np.ndarray) -> mx.array:
     """Stored elements as MLX sees them: bfloat16 is stored as uint16."""
-    return mx.array(array).view(mx.bfloat16) if dtype == "bfloat16" else mx.array(array)
+    return mx.array(array).view(mx.bfloat16) if array.dtype == np.uint16 else mx.array(array)
 
 
 def _layer(path: str, index: int, state: dict[int, Any], name: str) -> LayerState | None:

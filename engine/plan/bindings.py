@@ -1,6 +1,7 @@
 """Where the values of a plan live on the device, and the buffers that one launch binds."""
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import mlx.core as mx
@@ -8,21 +9,28 @@ import numpy as np
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Value
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer
+from metalstep.kernels.program import Program, Register
 from metalstep.plan.layout import RowView
 from metalstep.plan.weights import WeightStore
 
 
 @dataclass(frozen=True)
 class KVPlanes:
-    """One layer's cache. k and v: as MSAttentionParams has them; dtype: ms_dtype; block_size in tokens; group: of the layers that share
-    its block tables."""
+    """One layer's cache. k and v: as MSAttentionParams has them, of `heads` kv heads; block_size in tokens; group: of the layers that
+    share its block tables; key_mean: float32 [heads, key_dim], taken off the keys before they are encoded; rounding:
+    what vectors of so many elements go through then, of a codec that is only compared with (metalstep.eval)."""
 
     k: Buffer
     v: Buffer
+    heads: int
     block_size: int
-    dtype: int
+    k_codec: KVCodec
+    v_codec: KVCodec
     group: int = 0
+    key_mean: np.ndarray | None = None
+    rounding: Callable[[Program, Register, int], Register] | None = None
 
 
 @dataclass

@@ -16,7 +16,8 @@ from metalstep.kernels import params
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.linear import PackedWeight
 from metalstep.kernels.native import DeviceBuffer, DeviceInfo, NativeDevice
-from metalstep.kv_cache import BLOCK_SIZE, PagedKVCache, cache_groups
+from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, PagedKVCache, cache_groups, with_scheme
+from metalstep.kv_scheme import PLAIN, KVScheme
 from metalstep.plan.lower import LoweredLaunch, lower
 from metalstep.plan.step_arrays import StepArrays
 from metalstep.plan.step_memory import StepMemory
@@ -117,7 +118,7 @@ class PaperPlan:
     """A lowered plan and whose its buffers are.
 
     launches: in order. arena_bytes: as on the device. kv_bytes_per_token: of all layers. arena, weights, planes: handles of buffers; the
-    rest are the step's arrays and scratch memory.
+    rest are the step's arrays and scratch memory. planes: by handle, bytes of one position of a layer's keys or values.
     """
 
     shape: PlanShape
@@ -126,20 +127,17 @@ class PaperPlan:
     kv_bytes_per_token: int
     arena: int
     weights: frozenset[int]
-    planes: frozenset[int]
-
-    def position_bytes(self, plane: Buffer) -> int:
-        """Of one position in a layer's plane of keys or of values."""
-        return plane.nbytes // (plane.shape[0] * BLOCK_SIZE)
+    planes: Mapping[int, int]
+    groups: list[CacheGroup]
 
 
 def paper_plan(
-    captured: CapturedModel, tensors: Mapping[str, Tensor], target: Target, *, rows: int, context: int, kv_dtype: str
+    captured: CapturedModel, tensors: Mapping[str, Tensor], target: Target, *, rows: int, context: int, scheme: KVScheme = PLAIN
 ) -> PaperPlan:
     """The plan for decode steps of `rows` sequences of up to `context` tokens each, as `target` makes it; nothing is allocated.
 
-    tensors: by mlx-lm parameter name; their shapes and dtypes are read. kv_dtype: see kv_cache.DTYPES.
-    Raises: CaptureError naming an operation that has no kernel.
+    tensors: by mlx-lm parameter name; their shapes and dtypes are read. scheme: of the cache.
+    Raises: CaptureError naming an operation that has no kernel; ValueError for heads that the scheme does not take.
     """
     # native_model explains its plans, so it imports what imports this module.
     from metalstep.native_model import MAX_SEQS, embedding_size, step_sizes
@@ -148,16 +146,19 @@ def paper_plan(
     groups = cache_groups(graph)
     if not groups:
         raise CaptureError("a model without attention layers, whose state is not a KV cache")
+    groups = with_scheme(groups, scheme)
     device = cast(NativeDevice, PaperDevice("metal"))
     prepared = {v.name: v.shape for node in graph.prepare for v in node.outputs if v.kind == "weight" and v.name}
     weights = PaperWeights(device, tensors, prepared)
     num_blocks = [-(-context // BLOCK_SIZE) * rows for _ in groups]
-    cache = PagedKVCache(device, groups, num_blocks, kv_dtype, keys_by_token=target.keys_by_token)
+    cache = PagedKVCache(device, groups, num_blocks, keys_by_token=target.keys_by_token)
     sizes = step_sizes(MAX_SEQS, len(groups), context, row_size(graph.outputs[0]), hidden_size=embedding_size(graph))
     arrays = StepArrays(device, sizes)
     shape = target.plan_shape(rows, decode=True, context=context)
     lowered = lower(captured.graph(*ANY_ROWS, target.fusion(shape)), StepMemory(device), weights, cache.planes, arrays, shape, target)
-    planes = frozenset(plane.handle for layer in cache.planes.values() for plane in (layer.k, layer.v))
+    positions = num_blocks[0] * BLOCK_SIZE
+    planes = {plane.handle: plane.nbytes // positions for layer in cache.planes.values() for plane in (layer.k, layer.v)}
     return PaperPlan(
-        shape, lowered.launches, lowered.arena.nbytes, cache.bytes_per_token, lowered.arena.handle, frozenset(weights.handles), planes
+        shape, lowered.launches, lowered.arena.nbytes, cache.bytes_per_token, lowered.arena.handle, frozenset(weights.handles), planes,
+        groups,
     )

@@ -169,9 +169,28 @@ class RowCompiler:
     def kv_write(self, node: Node) -> None:
         planes = self.placement.planes[node.attrs["layer"]]
         keys, values = (self.register(v) for v in node.inputs[:2])
+        if planes.key_mean is not None:  # softmax does not see what all keys have in common, and codes need not hold it
+            mean = self.program.load(
+                self.slots.read(self.placement.weights.constant(planes.key_mean)), keys.size, rows=params.MS_ROW_SAME
+            )
+            centred = self.program.register(keys.size)
+            self.program.emit(params.MS_OP_SUB, centred, keys, mean, n=keys.size)
+            keys = centred
+        if planes.rounding is not None:
+            keys, values = (planes.rounding(self.program, x, x.size // planes.heads) for x in (keys, values))
         k_slot, v_slot = self.slots.write(planes.k), self.slots.write(planes.v)
         kv_write.emit(
-            self.program, keys, values, k_slot, v_slot, node.inputs[0].shape[1], planes.block_size, planes.dtype
+            self.program,
+            keys,
+            values,
+            k_slot,
+            v_slot,
+            planes.heads,
+            planes.block_size,
+            planes.k_codec,
+            planes.v_codec,
+            planes.k_codec.scales_at(planes.k.nbytes, keys.size // planes.heads),
+            planes.v_codec.scales_at(planes.v.nbytes, values.size // planes.heads),
         )
 
     def slice_update(self, node: Node) -> None:

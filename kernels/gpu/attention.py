@@ -1,6 +1,7 @@
 """Attention over the paged KV cache on a GPU: rows by themselves (decode), and rows of a sequence together (mixed).
 
-Planes: keys [block, kv_head, block_size, head_dim], values [block, kv_head, block_size, value_dim]. Reference: kernels/attention.py.
+Planes: keys [block, kv_head, block_size, head_dim], values [block, kv_head, block_size, value_dim], of floats or of codes (ms_kv_codec).
+Reference: kernels/attention.py, on keys and values as kernels/turboquant.py decodes them.
 """
 from __future__ import annotations
 
@@ -10,17 +11,19 @@ import math
 from dataclasses import dataclass
 
 from metalstep.kernels import check, params
-from metalstep.kernels.gpu.bench_case import ACTIVATION_BYTES, EPS, KV_DTYPES, BenchCase, BenchSizes, Inputs
+from metalstep.kernels.gpu.bench_case import ACTIVATION_BYTES, EPS, BenchCase, BenchSizes, Inputs
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer, KernelCode, Launch
 from metalstep.kernels.linear import Norm
 from metalstep.kernels.step import StepBuffers
 
 OP = "attention"
-TYPES = {params.MS_FLOAT32: "float", params.MS_FLOAT16: "half", params.MS_BFLOAT16: "bfloat"}
+TYPES = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
 SPLIT_LEN = 1024  # visible positions of a piece of a context: up to here attention is one launch
 SIMD = 32  # lanes
 MIXED_FROM = 8  # rows of a benchmark, from which on they may be of one prompt
 THREADGROUP_BYTES = 32768  # of memory, the most that Apple's GPUs have
+TABLE_BYTES = 2 * 16 * 4 + 8  # of it, with packed planes: what the codes of keys and of values stand for, the newest ones' scales
 
 # Defaults from like kernels on an H100 and from MLX's, not measured on Apple's hardware.
 # decode: registers of a thread for queries and sums, positions that a lane has at a time, simdgroups, and bytes of threadgroup memory
@@ -72,10 +75,11 @@ class DecodeGeometry:
     simdgroups: int
     merged: int
 
-    def threadgroup_bytes(self, head_dim: int, value_dim: int, element_bytes: int, inside: bool) -> int:
-        """Threadgroup memory of the kernel, in bytes."""
+    def threadgroup_bytes(self, head_dim: int, value_dim: int, element_bytes: int, inside: bool, packed: bool = False) -> int:
+        """Threadgroup memory of the kernel, in bytes. element_bytes: of an unpacked key or value."""
         merged = self.simdgroups * self.merged * (value_dim + 2) * 4
-        return merged + (self.heads * head_dim * 4 + (head_dim + value_dim) * element_bytes if inside else 0)
+        queries = self.heads * head_dim * 4 if inside or packed else 0
+        return merged + queries + ((head_dim + value_dim) * element_bytes if inside else 0) + (TABLE_BYTES if packed else 0)
 
 
 @dataclass(frozen=True)
@@ -95,11 +99,11 @@ class MixedGeometry:
         """Rows of the step that a threadgroup has."""
         return self.simdgroups // self.parts * self.tiles * 8 // self.heads
 
-    def threadgroup_bytes(self, head_dim: int, value_dim: int, element_bytes: int) -> int:
-        """Threadgroup memory of the kernel, in bytes."""
+    def threadgroup_bytes(self, head_dim: int, value_dim: int, element_bytes: int, packed: bool = False) -> int:
+        """Threadgroup memory of the kernel, in bytes. element_bytes: of an unpacked key or value."""
         tile = self.positions * (max(head_dim, value_dim) * element_bytes + 16)
         partial = self.simdgroups * self.tiles * self.positions * 8 * 4 if self.parts > 1 else 4
-        return tile + partial + self.rows * 5 * 4 + self.positions * 2 * 4
+        return tile + partial + self.rows * 5 * 4 + self.positions * 2 * 4 + (TABLE_BYTES if packed else 0)
 
 
 def decode_geometry(group: int, head_dim: int, value_dim: int, device: str = "apple") -> DecodeGeometry:
@@ -122,8 +126,14 @@ def _registers(head_dim: int, value_dim: int, lanes: int) -> int:
     return 4 * (-(-head_dim // (4 * lanes)) + -(-value_dim // (4 * lanes)))
 
 
-def mixed_geometry(group: int, head_dim: int, value_dim: int, element_bytes: int, device: str = "apple") -> MixedGeometry:
-    """Geometry for `group` query heads of a kv head. Raises: ValueError for heads whose tiles do not fit the threadgroup memory."""
+def mixed_geometry(
+    group: int, head_dim: int, value_dim: int, element_bytes: int, device: str = "apple", packed: bool = False
+) -> MixedGeometry:
+    """Geometry for `group` query heads of a kv head. element_bytes: of an unpacked key or value; a tile holds keys, then values, of
+    `positions` positions of one kv head (32 at most) whatever the context.
+
+    Raises: ValueError for heads whose tiles do not fit the threadgroup memory.
+    """
     tuning = TUNING[device]["mixed"]
     longest = max(head_dim, value_dim)
     divisors = [parts for parts in (1, 2, 4) if head_dim % (8 * parts) == 0 and value_dim % (8 * parts) == 0]
@@ -134,7 +144,7 @@ def mixed_geometry(group: int, head_dim: int, value_dim: int, element_bytes: int
     positions = tuning["short_positions"] if longest <= tuning["short"] else tuning["long_positions"]
     while True:
         geometry = MixedGeometry(-(-group // slices), tiles, simdgroups, parts, positions, tuning["runs"])
-        if geometry.threadgroup_bytes(head_dim, value_dim, element_bytes) <= THREADGROUP_BYTES:
+        if geometry.threadgroup_bytes(head_dim, value_dim, element_bytes, packed) <= THREADGROUP_BYTES:
             return geometry
         if positions == 8:
             raise ValueError(
@@ -163,7 +173,8 @@ def launches(
     head_dim: int,
     value_dim: int,
     block_size: int,
-    kv_dtype: int,
+    k_codec: KVCodec,
+    v_codec: KVCodec,
     scale: float,
     window: int = 0,
     softcap: float = 0.0,
@@ -185,7 +196,9 @@ def launches(
     results go through `workspace` (workspace_bytes) and a second launch. A row of one piece is the same bits with any number of splits.
     inside: decode only: q holds raw queries, and the launch norms, rotates and writes to the cache.
     Units: window, split_len and block_size in positions (window 0: all; step.sequences has each sequence's own), q_offset and
-    q_row_stride in elements. kv_dtype: ms_dtype of the planes. group: of the layers that share this one's block tables.
+    q_row_stride in elements. group: of the layers that share this one's block tables.
+    k_codec, v_codec: of the planes; both of one float type, or at least one packed. Planes of floats have the shape that this page begins
+    with, packed ones any shape of their bytes: all blocks' codes, then all blocks' scales.
     Changes in place: out, workspace, and with `inside` the planes.
     Raises: ValueError for sizes, dtypes or options that do not fit.
     """
@@ -195,8 +208,13 @@ def launches(
             raise ValueError(f"{OP}: {name} is {dim}, expected a multiple of 8 from 16 to 1024; pad the heads")
     if block_size < 8 or block_size & (block_size - 1):
         raise ValueError(f"{OP}: block_size is {block_size}, expected a power of two from 8")
-    if kv_dtype not in TYPES:
-        raise ValueError(f"{OP}: kv_dtype is {kv_dtype}, expected that of float32, float16 or bfloat16")
+    if k_codec.is_float and v_codec.is_float and v_codec.name != k_codec.name:
+        raise ValueError(f"{OP}: codecs are {k_codec.name} and {v_codec.name}, expected one of {', '.join(TYPES)} for both, or packed ones")
+    for name, dim, codec in (("head_dim", head_dim, k_codec), ("value_dim", value_dim, v_codec)):
+        try:
+            codec.check_dim(dim)
+        except ValueError as error:
+            raise ValueError(f"{OP}: {name} is {dim}: {error}") from None
     if not math.isfinite(scale) or not math.isfinite(softcap) or softcap < 0:
         raise ValueError(f"{OP}: scale is {scale} and softcap {softcap}, expected finite numbers, softcap 0 or more")
     if window < 0 or max_rows < 1:
@@ -205,8 +223,8 @@ def launches(
         raise ValueError(f"{OP}: variant is {variant!r}, expected 'decode' or 'mixed'")
     if device not in TUNING:
         raise ValueError(f"{OP}: device is {device!r}, expected {' or '.join(TUNING)}")
-    check.shape(OP, "k_plane", k_plane, (k_plane.shape[0], num_kv_heads, block_size, head_dim), "[block, kv_head, block_size, head_dim]")
-    check.shape(OP, "v_plane", v_plane, (v_plane.shape[0], num_kv_heads, block_size, value_dim), "[block, kv_head, block_size, value_dim]")
+    _check_plane("k_plane", k_plane, k_codec, num_kv_heads, block_size, "head_dim", head_dim)
+    _check_plane("v_plane", v_plane, v_codec, num_kv_heads, block_size, "value_dim", value_dim)
     for name, buffer, elements in (("q", q, q_offset | q_row_stride), ("k_plane", k_plane, 0), ("v_plane", v_plane, 0)):
         if buffer.offset % 16 or elements % 4:
             raise ValueError(
@@ -233,6 +251,8 @@ def launches(
         has_sinks=int(sinks is not None),
         splits=splits,
         split_len=split_len,
+        k_scales=k_codec.scales_at(k_plane.nbytes, head_dim),
+        v_scales=v_codec.scales_at(v_plane.nbytes, value_dim),
         scale=scale,
         softcap=softcap,
     )
@@ -241,12 +261,12 @@ def launches(
     constants = params.pack("MSGpuAttentionParams", **fields)
     given_sinks = sinks or step.step  # never read without has_sinks
     before = [step.step, step.positions, step.seq_ids, step.block_tables[group], step.sequences, q, k_plane, v_plane, out, given_sinks]
-    kv_type, heads_of_kv = TYPES[kv_dtype], num_q_heads // num_kv_heads
+    packed, heads_of_kv = not (k_codec.is_float and v_codec.is_float), num_q_heads // num_kv_heads
+    kv_name, kv_type = _kv_type(k_codec, v_codec)
     dims = f"{head_dim}, {value_dim}"
     if variant == "mixed":
-        mixed = mixed_geometry(heads_of_kv, head_dim, value_dim, 4 if kv_dtype == params.MS_FLOAT32 else 2, device)
-        m = mixed
-        name = f"attention_mixed_{kv_type}_d{head_dim}_v{value_dim}_h{m.heads}_r{m.tiles}_s{m.simdgroups}_p{m.parts}_b{m.positions}"
+        m = mixed_geometry(heads_of_kv, head_dim, value_dim, 4 if packed or k_codec.name == "float32" else 2, device, packed)
+        name = f"attention_mixed_{kv_name}_d{head_dim}_v{value_dim}_h{m.heads}_r{m.tiles}_s{m.simdgroups}_p{m.parts}_b{m.positions}"
         arguments = f"{kv_type}, {dims}, {m.heads}, {m.tiles}, {m.simdgroups}, {m.parts}, {m.positions}"
         code = KernelCode(("attention_mixed",), f"MS_INSTANCE({name}, attention_mixed<{arguments}>)")
         slices, tiles = -(-heads_of_kv // m.heads), -(-max_rows // m.rows)
@@ -255,8 +275,11 @@ def launches(
 
     d = decode_geometry(heads_of_kv, head_dim, value_dim, device)
     kernel = "attention_decode" if inside is None else "attention_decode_inside"
-    name = f"{kernel}_{kv_type}_d{head_dim}_v{value_dim}_h{d.heads}_l{d.lanes}_u{d.positions}_s{d.simdgroups}_m{d.merged}"
+    name = f"{kernel}_{kv_name}_d{head_dim}_v{value_dim}_h{d.heads}_l{d.lanes}_u{d.positions}_s{d.simdgroups}_m{d.merged}"
     arguments = f"{kv_type}, {dims}, {d.heads}, {d.lanes}, {d.positions}, {d.simdgroups}, {d.merged}"
+    scales = sum(codec.scale_code * factor for codec, factor in ((k_codec, 1), (v_codec, 4)) if codec.is_turbo)
+    if inside is not None and scales:
+        name, arguments = f"{name}_c{scales}", f"{arguments}, {scales}"
     code = KernelCode(("attention_decode",), f"MS_INSTANCE({name}, {kernel}<{arguments}>)")
     bindings = [*before, workspace or out]
     if inside is not None:
@@ -269,12 +292,40 @@ def launches(
     result = [Launch(name, bindings, constants, grid, (d.simdgroups * SIMD, 1, 1), code=code)]
     if splits > 1:
         assert workspace is not None
-        name = f"attention_reduce_v{value_dim}"
-        code = KernelCode(("attention_decode",), f"MS_INSTANCE({name}, attention_reduce<{value_dim}>)")
+        name, arguments = f"attention_reduce_v{value_dim}", str(value_dim)
+        if v_codec.is_turbo:
+            name, arguments = f"attention_reduce_back_v{value_dim}", f"{value_dim}, true"
+        code = KernelCode(("attention_decode",), f"MS_INSTANCE({name}, attention_reduce<{arguments}>)")
         bindings = [step.step, step.positions, step.seq_ids, step.sequences, workspace, given_sinks, out]
         threads = (-(-value_dim // SIMD) * SIMD, 1, 1)
         result.append(Launch(name, bindings, constants, (num_q_heads, max_rows, 1), threads, barrier=True, code=code))
     return result
+
+
+def _check_plane(name: str, plane: Buffer, codec: KVCodec, num_kv_heads: int, block_size: int, dim_name: str, dim: int) -> None:
+    """Raises: ValueError for a plane that has not whole blocks of the codec's vectors."""
+    if codec.is_float:
+        check.shape(OP, name, plane, (plane.shape[0], num_kv_heads, block_size, dim), f"[block, kv_head, block_size, {dim_name}]")
+        return
+    nbytes = codec.vector_bytes(dim)
+    if plane.nbytes % (num_kv_heads * block_size * nbytes):
+        raise ValueError(
+            f"{OP}: {name} has {plane.nbytes} bytes, expected a multiple of {num_kv_heads} * {block_size} * {nbytes} (num_kv_heads,"
+            f" block_size, a {codec.name} vector of {dim_name} {dim})"
+        )
+
+
+def _kv_type(k_codec: KVCodec, v_codec: KVCodec) -> tuple[str, str]:
+    """The codecs in a kernel's name, and the template argument for them."""
+    if k_codec.is_float and v_codec.is_float:
+        return TYPES[k_codec.name], TYPES[k_codec.name]
+    names, arguments = [], []
+    for codec in (k_codec, v_codec):
+        wide = codec.is_turbo and codec.norm_dtype == "float32"
+        names.append(TYPES.get(codec.name, f"{codec.name}w" if wide else codec.name))
+        code = f"MS_KV_{codec.name.upper()}" + (" | MS_KV_WIDE_SCALES" if wide else "")
+        arguments.append(TYPES.get(codec.name, f"ms_packed<{code}>"))
+    return "_".join(names), f"ms_planes<{', '.join(arguments)}>"
 
 
 def _inside_fields(inside: Inside, head_dim: int, value_dim: int, num_kv_heads: int) -> dict[str, int | float]:
@@ -339,9 +390,10 @@ def _bench_launches(sizes: BenchSizes, variant: str, rows: int, sequences: int, 
         while splits * sizes.split_len < context:
             splits *= 2
     nbytes = workspace_bytes(sizes.num_q_heads, dim, rows, splits)
+    codec = KVCodec(sizes.kv_dtype)
     return launches(
         q, 0, widths["q"], *sizes.planes(inputs, sequences, context), out, inputs.step(rows, context=context, sequences=sequences),
         num_q_heads=sizes.num_q_heads, num_kv_heads=sizes.num_kv_heads, head_dim=dim, value_dim=dim, block_size=sizes.block_size,
-        kv_dtype=KV_DTYPES[sizes.kv_dtype], scale=dim**-0.5, max_rows=rows, variant=variant, splits=splits, split_len=sizes.split_len,
+        k_codec=codec, v_codec=codec, scale=dim**-0.5, max_rows=rows, variant=variant, splits=splits, split_len=sizes.split_len,
         inside=inside, workspace=inputs.activation("workspace", (nbytes,), "uint8") if nbytes else None,
     )  # fmt: skip

@@ -12,7 +12,6 @@ from metalstep.kernels.step import StepBuffers
 
 ACTIVATION_BYTES = 4  # float32
 EPS = 1e-6  # of norms
-KV_DTYPES = {"float32": params.MS_FLOAT32, "float16": params.MS_FLOAT16, "bfloat16": params.MS_BFLOAT16}
 
 
 class Inputs(Protocol):

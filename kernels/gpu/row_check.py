@@ -3,12 +3,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from metalstep.kernels import params
+from metalstep.kernels import kv_codec, params
 from metalstep.kernels.gpu.row_values import ELEMENTWISE, NAMES, NORMS, embedding_slots, extent, operand_ranges
+from metalstep.kernels.kv_codec import KVCodec
 
 AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 DTYPES = (params.MS_FLOAT32, params.MS_FLOAT16, params.MS_BFLOAT16)
+CODECS = {codec.code: codec for codec in (KVCodec(name, norm) for name in kv_codec.NAMES for norm in ("float32", "float16"))}
 SPANS = (*NORMS, params.MS_OP_SOFTMAX, params.MS_OP_ROPE)
 
 
@@ -26,7 +28,7 @@ def _problem(i: Any, registers: int, bindings: int) -> str | None:
         return "n is 0"
     if i.op not in NAMES:
         return "unknown"
-    if i.op not in ELEMENTWISE and i.imm:
+    if i.op not in ELEMENTWISE and i.op != params.MS_OP_KV_WRITE and i.imm:
         return "takes no scalar operands"
     own = {
         params.MS_OP_LOAD: _buffer,
@@ -148,6 +150,25 @@ def _kv_write(i: Any, bindings: int) -> str | None:
         return "heads, dims and block_size must not be 0"
     if heads * key_dim != i.n:
         return f"{i.n} keys of {heads} heads of {key_dim}"
-    if i.dtype > params.MS_BFLOAT16:
-        return f"the cache has no dtype {i.dtype}"
-    return _slot(i.slot, bindings) or _slot(i.slot2, bindings)
+    if max(i.imm & 3, i.imm >> 2) > params.MS_KV_SCALE_UNBIASED:
+        return f"imm {i.imm} is no ms_kv_scales"
+    slots = _slot(i.slot, bindings) or _slot(i.slot2, bindings)
+    vectors = heads * block_size
+    return slots or _plane(i.dtype, key_dim, i.offset, vectors) or _plane(i.inner, value_dim, i.row_stride, vectors)
+
+
+def _plane(code: int, dim: int, scales: int, vectors: int) -> str | None:
+    """What is wrong with the keys' or the values' plane of the cache; scales: its words before them; vectors: in a block."""
+    codec = CODECS.get(code)
+    if codec is None:
+        return f"the cache has no codec {code}"
+    try:
+        codec.check_dim(dim)
+    except ValueError:
+        return f"codec {code} does not take vectors of {dim}"
+    if codec.is_float:
+        return f"scales at {scales} of a plane of floats" if scales else None
+    words = codec.words(dim)
+    if scales == 0 or scales % (vectors * words):
+        return f"scales at {scales} are not behind blocks of {vectors} vectors of {words} words"
+    return None

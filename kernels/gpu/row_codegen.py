@@ -11,7 +11,7 @@ import numpy as np
 from metalstep.kernels import params
 from metalstep.kernels.gpu.expressions import literal
 from metalstep.kernels.gpu.row_homes import homes, per_thread
-from metalstep.kernels.gpu.row_nests import LANES, Aliases, Nest, Pass
+from metalstep.kernels.gpu.row_nests import LANES, Aliases, Nest, Pass, longest_vector
 from metalstep.kernels.gpu.row_steps import RowSteps, Touch
 from metalstep.kernels.gpu.row_values import Op, Value
 
@@ -24,12 +24,15 @@ BARRIERS = {
 
 @dataclass(frozen=True)
 class Kernel:
-    """A generated kernel. threads: of a row. scratch: float32 elements of each row's scratch memory, bound behind the buffers."""
+    """A generated kernel. threads: of a row. scratch: float32 elements of each row's scratch memory, bound behind the buffers.
+    constants: of its launches, uint32 words before the scales of each plane that is encoded into: the text is the same for every size of
+    the cache."""
 
     name: str
     text: str
     threads: int
     scratch: int
+    constants: bytes = b""
 
 
 def clash(a: Touch, b: Touch, aliases: Aliases) -> bool:
@@ -55,7 +58,11 @@ class RowKernel(RowSteps):
     def __init__(self, nests: list[Nest], threads: int, rows: int, bindings: int, aliases: Aliases):
         totals = sum(1 for nest in nests for each in nest.passes if each.total and self._is_wide(nest))
         self._partials = totals * threads // LANES
-        super().__init__(homes(nests, threads, self._partials, aliases))
+        encodes = [(each.encode, nest.domain) for nest in nests for each in nest.passes if each.encode is not None]
+        vector = longest_vector([op for op, _ in encodes])
+        simdgroups = [min(d.first + d.spans, d.groups or threads // LANES) for _, d in encodes if d is not None]
+        self._vectors = max(simdgroups, default=0) * vector
+        super().__init__(homes(nests, threads, self._partials + self._vectors, aliases), vector)
         self._threads, self._rows, self._scratch_slot, self._aliases = threads, rows, bindings, aliases
         self._pending: list[Touch] = []  # what nobody has waited for yet
         self._total = 0
@@ -77,6 +84,9 @@ class RowKernel(RowSteps):
             arguments.append(f"device {const}{kind}* {self._slot_name(slot)} [[buffer({slot})]]")
         if self._homes.scratch:
             arguments.append(f"device float* scratch_rows [[buffer({self._scratch_slot})]]")
+        if self._scales:
+            slot = self._scratch_slot + (1 if self._homes.scratch else 0)
+            arguments.append(f"constant uint* cache_scales [[buffer({slot})]]")
         arguments += [
             "uint row [[threadgroup_position_in_grid]]",
             "uint tid [[thread_index_in_threadgroup]]",
@@ -88,6 +98,8 @@ class RowKernel(RowSteps):
             head.append(f"  threadgroup float shared[{self._homes.shared}];")
         if self._partials:
             head.append(f"  threadgroup float partial[{self._partials}];")
+        if self._vectors:
+            head.append(f"  threadgroup float vectors[{self._vectors}];")
         head.append(f"  if (row >= step.{count}) return;")
         if self._homes.scratch:
             head.append(f"  device float* scratch = scratch_rows + ulong(row) * {self._homes.scratch};")
@@ -106,7 +118,7 @@ class RowKernel(RowSteps):
             ]
         )
         name = "row_program_" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
-        return Kernel(name, text.replace("@", name), self._threads, self._homes.scratch)
+        return Kernel(name, text.replace("@", name), self._threads, self._homes.scratch, np.array(self._scales, np.uint32).tobytes())
 
     # ---- nests --------------------------------------------------------------------------------------------------------
     def _write_nest(self, nest: Nest) -> None:
@@ -124,11 +136,12 @@ class RowKernel(RowSteps):
             self._write_passes(nest, lambda: self._block(f"for (uint i = 0; i < {d.width}; i++) {{", lambda: self._steps(nest.passes[0])))
             self._line("}")
         elif not self._wide:
-            groups = self._threads // LANES
+            groups = d.groups or self._threads // LANES
             if d.spans == 1:
-                self._line("if (sg == 0) {")
+                self._line(f"if (sg == {d.first}) {{")
             else:
-                self._line(f"for (uint span = sg; span < {d.spans}; span += {groups}) {{")
+                first = f"sg < {groups} ? sg : {d.spans}" if d.groups else f"sg - {d.first}" if d.first else "sg"
+                self._line(f"for (uint span = {first}; span < {d.spans}; span += {groups}) {{")
             self._write_passes(nest)
             self._line("}")
         else:
@@ -219,6 +232,8 @@ class RowKernel(RowSteps):
         for _ in range(opened):
             self._depth -= 1
             self._line("}")
+        if each.encode is not None:
+            self._encode(each.encode)
         if each.wait:
             touched = frozenset(t.flag for t in self._touched if not isinstance(t.memory, int))
             flags = BARRIERS[touched or frozenset({"shared"})]

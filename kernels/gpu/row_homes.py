@@ -19,7 +19,7 @@ def per_thread(d: Domain) -> int:
 
 def rounds(d: Domain, threads: int) -> int:
     """Spans, one after the other, of the same threads."""
-    return -(-d.spans * d.unit // threads)
+    return -(-d.spans // d.groups) if d.groups else -(-d.spans * d.unit // threads)
 
 
 def step_reads(op: Op, stage: int) -> Iterator[tuple[Read, bool]]:

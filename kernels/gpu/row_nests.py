@@ -15,12 +15,20 @@ from metalstep.kernels.gpu.row_values import Op, Read, Value, embedding_slots, p
 LANES = 32  # of a simdgroup
 
 
+VECTORS = 4096  # elements of the threadgroup's memory for vectors that are encoded: a simdgroup has one at a time
+CACHE_WRITES = ("write_keys", "write_values", "encode_keys", "encode_values")
+ENCODES = CACHE_WRITES[2:]
+
+
 class Domain(NamedTuple):
-    """`spans` spans of `width` elements, each for `unit` threads. unit 1: one thread alone, in order."""
+    """`spans` spans of `width` elements, each for `unit` threads. unit 1: one thread alone, in order. groups: how many simdgroups have
+    spans, 0: all of them; first: the one with the first span."""
 
     width: int
     spans: int
     unit: int
+    groups: int = 0
+    first: int = 0
 
 
 def domain(n: int, width: int, threads: int) -> Domain:
@@ -46,12 +54,13 @@ class Access:
 class Pass:
     """One loop over the elements: ops with the stage of each that happens here, then at most one op's sum over each span.
 
-    wait: lanes of a simdgroup have to see each other's elements of the passes before.
+    wait: lanes of a simdgroup have to see each other's elements of the passes before. encode: the op whose span is encoded behind it.
     """
 
     steps: list[tuple[Op, int]] = field(default_factory=list)
     total: tuple[Op, int] | None = None
     wait: bool = False
+    encode: Op | None = None
 
 
 @dataclass(eq=False)
@@ -137,8 +146,8 @@ def accesses(op: Op) -> list[Access]:
     result += [read_access(read, False) for _, _, read in op.pieces if read is not None]
     if op.kind == "store":
         result.append(Access(op.instr.slot, True, buffer_key(op.instr)))
-    elif op.kind in ("write_keys", "write_values"):
-        result.append(Access(op.instr.slot if op.kind == "write_keys" else op.instr.slot2, True))
+    elif op.kind in CACHE_WRITES:
+        result.append(Access(op.instr.slot if op.kind.endswith("keys") else op.instr.slot2, True))
     elif op.kind == "embedding":
         result += [Access(slot, False) for slot in embedding_slots(op.instr)]
     elif op.kind == "load":
@@ -171,7 +180,7 @@ def hold_early(ops: list[Op], aliases: Aliases) -> None:
             written = [a for a in accesses(writer) if a.write and isinstance(a.target, int) and aliases.same(a.target, op.instr.slot)]
             if not written:
                 continue
-            own = [read_access(r, writer.kind in ("store", "write_keys", "write_values")) for r in writer.reads() if r.value is value]
+            own = [read_access(r, writer.kind in ("store", *CACHE_WRITES)) for r in writer.reads() if r.value is value]
             clash = any(conflict(r, w, aliases) for r in own for w in written)
             if clash or any(use > later for use, _ in uses.get(value, [])):
                 value.eager = True
@@ -180,9 +189,11 @@ def hold_early(ops: list[Op], aliases: Aliases) -> None:
 class Fuser:
     """Puts ops, in order, into as few nests as their barriers allow."""
 
-    def __init__(self, threads: int, aliases: Aliases):
+    def __init__(self, threads: int, aliases: Aliases, vector: int = 0):
+        """vector: elements of the longest one that is encoded."""
         self.nests: list[Nest] = []
         self._threads = threads
+        self._vector = vector
         self._aliases = aliases
         self._nest_of: dict[Value, Nest] = {}
 
@@ -191,7 +202,11 @@ class Fuser:
             return  # read where it is used
         nest = self._place(op)
         if op.width and nest.domain is None:
-            nest.domain = domain(op.n, op.width, self._threads)
+            nest.domain = self._spans(op)
+        if op.kind in ENCODES:
+            if nest.passes[-1].encode is not None:
+                nest.passes.append(Pass())
+            nest.passes[-1].encode = op
         stages = STAGES.get(op.kind, 0)
         for stage in range(stages):
             nest.passes[-1].steps.append((op, stage))
@@ -210,8 +225,20 @@ class Fuser:
                 nest.passes.pop()
         return self.nests
 
+    def _spans(self, op: Op) -> Domain:
+        """Where op sums up or encodes spans of its elements."""
+        if op.kind not in ENCODES:
+            return domain(op.n, op.width, self._threads)
+        spans, there, groups = op.n // op.width, self._threads // LANES, VECTORS // self._vector
+        x = op.operands[0]
+        if op.kind == "encode_values" and 2 * spans <= min(there, groups) and x is not None and x.value is not None and x.value.lazy:
+            return Domain(op.width, spans, LANES, 0, spans)  # at the same time as the keys
+        return Domain(op.width, spans, LANES, groups if groups < min(spans, there) else 0)
+
     def _place(self, op: Op) -> Nest:
         """The last nest that can take op, or a new one as early as can be, so that a barrier serves many: behind what it depends on."""
+        if op.kind in ENCODES and self._spans(op).first:
+            return self._open(op, len(self.nests))  # beside the keys, not before something that has to wait for it
         mine, at = accesses(op), len(self.nests)
         for nest in reversed(self.nests):
             if self._joins(nest, op):
@@ -236,6 +263,8 @@ class Fuser:
         if nest.n != op.n or in_order(op) or (nest.domain is not None and nest.domain.unit == 1):
             return False
         if op.width and nest.domain is not None and nest.domain.width != op.width:
+            return False
+        if op.kind in ENCODES and nest.domain is not None and nest.domain != self._spans(op):
             return False
         clashes = [
             mine for mine in accesses(op) if any(conflict(mine, theirs, self._aliases) for theirs in nest.accesses)
@@ -264,10 +293,15 @@ class Fuser:
 def fused(ops: list[Op], threads: int, aliases: Aliases) -> list[Nest]:
     """The nests of `ops`."""
     hold_early(ops, aliases)
-    fuser = Fuser(threads, aliases)
+    fuser = Fuser(threads, aliases, longest_vector(ops))
     for op in ops:
         fuser.add(op)
     return fuser.finish()
+
+
+def longest_vector(ops: list[Op]) -> int:
+    """Elements of the longest vector that is encoded, 0 if none is."""
+    return max((op.width for op in ops if op.kind in ENCODES), default=0)
 
 
 def widest(ops: list[Op]) -> int:

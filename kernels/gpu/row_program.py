@@ -5,11 +5,12 @@ import functools
 from collections.abc import Sequence
 
 from metalstep.kernels import embedding, kv_write, params, rms_norm, rope
-from metalstep.kernels.gpu.bench_case import EPS, KV_DTYPES, BenchCase, BenchSizes, Inputs
+from metalstep.kernels.gpu.bench_case import EPS, BenchCase, BenchSizes, Inputs
 from metalstep.kernels.gpu.row_check import check
 from metalstep.kernels.gpu.row_codegen import Kernel, RowKernel
 from metalstep.kernels.gpu.row_nests import Aliases, fused, widest
 from metalstep.kernels.gpu.row_values import Reader, needed
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer, KernelCode, Launch
 from metalstep.kernels.program import Program, Register
 from metalstep.kernels.step import StepBuffers
@@ -44,10 +45,11 @@ def launches(
         raise ValueError(f"row_program: {given} bytes of scratch, expected {need} for {max_rows} rows; see scratch_bytes")
     if scratch is not None and need:
         bound.append(scratch)
-    if len(bound) > MAX_BINDINGS:
-        raise ValueError(f"row_program: {len(bound)} bindings, expected {MAX_BINDINGS} or fewer; split the program")
+    bindings = len(bound) + (1 if made.constants else 0)
+    if bindings > MAX_BINDINGS:
+        raise ValueError(f"row_program: {bindings} bindings, expected {MAX_BINDINGS} or fewer; split the program")
     code = KernelCode(("row_program",), made.text)
-    return [Launch(made.name, bound, b"", (max_rows, 1, 1), (made.threads, 1, 1), code=code)]
+    return [Launch(made.name, bound, made.constants, (max_rows, 1, 1), (made.threads, 1, 1), code=code)]
 
 
 def scratch_bytes(program: Program, max_rows: int, buffers: Sequence[Buffer] | None = None) -> int:
@@ -135,8 +137,9 @@ def _bench_launches(sizes: BenchSizes, name: str, rows: int, inputs: Inputs) -> 
         queries, angles = heads("q", sizes.num_q_heads * dim), rows_of("angles", sizes.rope_dims)
         out = rope.emit(program, queries, angles, dim, traditional=False)
         keys = rope.emit(program, heads("k", kv), angles, dim, traditional=False)
+        codec = KVCodec(sizes.kv_dtype)
         values, (k_slot, v_slot) = rows_of("v", kv), (slot(plane) for plane in sizes.planes(inputs, rows, 1))
-        kv_write.emit(program, keys, values, k_slot, v_slot, sizes.num_kv_heads, sizes.block_size, KV_DTYPES[sizes.kv_dtype])
+        kv_write.emit(program, keys, values, k_slot, v_slot, sizes.num_kv_heads, sizes.block_size, codec, codec)
     program.store(out, slot(inputs.activation("out", (rows, out.size))), row_stride=out.size)
     nbytes = scratch_bytes(program, rows, buffers)
     scratch = inputs.activation("scratch", (nbytes,), "uint8") if nbytes else None

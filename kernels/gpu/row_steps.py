@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from metalstep.kernels import params
+from metalstep.kernels import params, turboquant
 from metalstep.kernels.gpu.expressions import expression, literal
 from metalstep.kernels.gpu.row_homes import Homes, Place
 from metalstep.kernels.gpu.row_nests import Nest, Pass, scatter_places
@@ -51,8 +51,11 @@ class RowSteps:
     _filled: set[tuple[Value, int]]  # LOADs that the nest's threads hold by now
     _unrolled: bool  # whether the pass at hand uses elements that threads hold
 
-    def __init__(self, homes: Homes):
+    def __init__(self, homes: Homes, vector: int):
+        """vector: elements of each simdgroup's memory for vectors that are encoded."""
         self._homes = homes
+        self._vector = vector
+        self._scales: list[int] = []  # words before the scales of the planes that are encoded into
         self._lines: list[str] = []
         self._depth = 1
         self._slots: dict[int, tuple[str, bool]] = {}  # elements, and whether they are written
@@ -268,29 +271,59 @@ class RowSteps:
         self._line(f"{name} = {operation}::combine({name}, {operation}::of({self._element(op.operands[0])}));")
 
     def _write_keys(self, op: Op, stage: int) -> None:
-        self._write_cache(op, op.instr.slot, op.instr.dims[1])
+        self._write_cache(op, op.instr.slot, op.instr.dims[1], op.instr.dtype)
 
     def _write_values(self, op: Op, stage: int) -> None:
-        self._write_cache(op, op.instr.slot2, op.instr.dims[2])
+        self._write_cache(op, op.instr.slot2, op.instr.dims[2], op.instr.inner)
 
-    def _write_cache(self, op: Op, slot: int, width: int) -> None:
-        """A plane is [block, kv_head, block_size, width]."""
+    def _write_cache(self, op: Op, slot: int, width: int, dtype: int) -> None:
+        """A plane of floats is [block, kv_head, block_size, width]."""
         instr, d = op.instr, self._nest.domain
         heads, block_size = instr.dims[0], instr.dims[3]
         assert d is not None
-        self._slot(params.MS_SLOT_SLOT_MAPPING, "int", False)
-        place = self._once("cache_place", "const int cache_place = slot_mapping[row];  // block * block_size + place in it")
-        in_block = f"uint({place}) % {block_size}" if block_size > 1 else "0"
-        row = f"(ulong(uint({place}) / {block_size}) * {heads * block_size} + {in_block}) * {width}"
-        plane = self._base(slot, TYPES[instr.dtype], row, f"plane{slot}_{op.number}", written=True)
+        place, block, in_block = self._cache_place(block_size)
+        row = f"(ulong({block}) * {heads * block_size} + {in_block}) * {width}"
+        plane = self._base(slot, TYPES[dtype], row, f"plane{slot}_{op.number}", written=True)
         if heads == 1:
             at = "i"
         elif d.width == width and d.spans > 1:
             at = f"span * {block_size * width} + j"
         else:
             at = f"i / {width} * {block_size * width} + i % {width}"
-        value = self._converted(self._element(op.operands[0]), instr.dtype)
+        value = self._converted(self._element(op.operands[0]), dtype)
         self._line(f"if ({place} >= 0) {plane}[{at}] = {value};")
+        self._touch(slot, 0, 1, True, None)
+
+    def _cache_place(self, block_size: int) -> tuple[str, str, str]:
+        """This row's place in the cache, its block and its place in that."""
+        self._slot(params.MS_SLOT_SLOT_MAPPING, "int", False)
+        place = self._once("cache_place", "const int cache_place = slot_mapping[row];  // block * block_size + place in it")
+        return place, f"uint({place}) / {block_size}", f"uint({place}) % {block_size}" if block_size > 1 else "0"
+
+    def _encode_keys(self, op: Op, stage: int) -> None:
+        d = self._nest.domain
+        assert d is not None
+        self._line(f"vectors[sg * {self._vector} + {'j' if d.spans > 1 else 'i'}] = {self._element(op.operands[0])};")
+
+    _encode_values = _encode_keys
+
+    def _encode(self, op: Op) -> None:
+        """Encodes the span, a head's vector, that `_encode_keys` or `_encode_values` left in the simdgroup's memory."""
+        instr = op.instr
+        heads, block_size = instr.dims[0], instr.dims[3]
+        if op.kind == "encode_keys":
+            slot, codec, scale, scales, seed = instr.slot, instr.dtype, instr.imm & 3, instr.offset, turboquant.K_SEED
+        else:
+            slot, codec, scale, scales, seed = instr.slot2, instr.inner, instr.imm >> 2, instr.row_stride, turboquant.V_SEED
+        place, block, in_block = self._cache_place(block_size)
+        head = f"ulong({block})" + (f" * {heads} + span" if heads > 1 else "")
+        at = len(self._scales)
+        self._scales.append(scales)
+        self._line(f"if ({place} >= 0)")
+        self._line(
+            f"  ms_encode<{codec}, {scale}, {op.width}, false>(vectors + sg * {self._vector}, {seed}, {self._slot(slot, 'uint', True)}, "
+            f"cache_scales[{at}], {head}, {block_size}, {in_block}, lane);"
+        )
         self._touch(slot, 0, 1, True, None)
 
     # ---- operands and results -----------------------------------------------------------------------------------------

@@ -54,10 +54,11 @@ class Read:
 class Op:
     """One step over `n` elements.
 
-    kind: the instruction's name; a KV_WRITE becomes write_keys and write_values, and `join` makes one value of pieces, (start, size,
+    kind: the instruction's name; a KV_WRITE becomes write_keys and write_values, or encode_keys and encode_values where the plane is not
+    of floats, and `join` makes one value of pieces, (start, size,
     Read or None) each. operands: a, b, c as far as the instruction has them. into: what a scatter writes into, None if nothing was
-    there; shift: where in it the scatter's own places count from. width: of the spans whose elements it sums up, 0 for none. temporary:
-    a softmax's exponentials.
+    there; shift: where in it the scatter's own places count from. width: of the spans whose elements it sums up or encodes, 0 for none.
+    temporary: a softmax's exponentials.
     """
 
     number: int
@@ -218,8 +219,14 @@ class Reader:
                     reads[name] = Read(None, 0, getattr(instr, f"imm{i}"))
         operands = [reads.get(name) for name in "abc"]
         if kind == "kv_write":
-            self.ops.append(Op(number, "write_keys", instr, instr.n, [operands[0]]))
-            self.ops.append(Op(number, "write_values", instr, instr.dims[0] * instr.dims[2], [operands[1]]))
+            heads, key_dim, value_dim, _ = instr.dims
+            for what, codec, dim, operand in (
+                ("keys", instr.dtype, key_dim, operands[0]), ("values", instr.inner, value_dim, operands[1])
+            ):  # fmt: skip
+                packed = codec > params.MS_KV_BFLOAT16
+                self.ops.append(
+                    Op(number, f"{'encode' if packed else 'write'}_{what}", instr, heads * dim, [operand], width=dim if packed else 0)
+                )
             return
         op = Op(number, kind, instr, instr.n, operands)
         if kind == "scatter":

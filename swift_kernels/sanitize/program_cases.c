@@ -1,10 +1,11 @@
 // Random row programs, most of them plausible, and constants with one word changed.
 #include <string.h>
 #include "driver.h"
+#include "kv_codec.h"
 
 enum { ROWS = 5, REGISTERS = 512, ELEMENTS = 4096, BLOCKS = 4, MAX_INSTRS = 12 };
 enum { IN = MS_SLOT_FIRST, OUT, K_PLANE, V_PLANE, TABLE };
-enum { TABLE_ROWS = 20, TABLE_WIDTH = 64, KV_HEADS = 2, HEAD_DIM = 16, BLOCK_SIZE = 16 };
+enum { TABLE_ROWS = 20, TABLE_WIDTH = 64, KV_HEADS = 2, BLOCK_SIZE = 16, MAX_HEAD_DIM = 128 };
 
 typedef struct {
   MSRowProgramParams p;
@@ -12,6 +13,25 @@ typedef struct {
 } program;
 
 static uint32_t store_dtype;  // of a program: rows of different widths in one buffer would overlap
+
+static uint32_t kv_codecs[2], kv_dims[2];  // of a program's planes, keys and values
+
+// Bytes of a plane of the cache, exactly; scales: its words before them.
+static uint64_t plane_bytes(int which, uint32_t *scales) {
+  const uint32_t codec = kv_codecs[which], dim = kv_dims[which], vectors = BLOCKS * KV_HEADS * BLOCK_SIZE;
+  *scales = 0;
+  if (ms_kv_is_float(codec)) return (uint64_t)vectors * dim * ms_kv_bits(codec) / 8;
+  *scales = vectors * ms_kv_words(codec, dim);
+  const uint32_t each = ms_kv_wide(codec) ? 4 : ms_kv_is_turbo(codec) ? 2 : 4 * ms_kv_groups(codec, dim);
+  return 4 * (uint64_t)*scales + (uint64_t)vectors * each;
+}
+
+static void random_planes(void) {
+  static const uint32_t codecs[] = {MS_KV_FLOAT32, MS_KV_FLOAT16, MS_KV_BFLOAT16, MS_KV_TURBO2,
+                                    MS_KV_TURBO3,  MS_KV_TURBO4,  MS_KV_AFFINE8,  MS_KV_TURBO3 | MS_KV_WIDE_SCALES};
+  static const uint32_t dims[] = {16, 48, 64, 80, 96, 112, MAX_HEAD_DIM};
+  for (int i = 0; i < 2; ++i) kv_codecs[i] = codecs[random_below(8)], kv_dims[i] = dims[random_below(7)];
+}
 
 static uint32_t random_register(void) { return 16 * random_below(REGISTERS / 16 - 4); }
 
@@ -68,8 +88,10 @@ static MSInstr random_instr(void) {
       in.inner = 1 + random_below(50), in.n = 1 + random_below(3), in.dims[0] = 1 + random_below(4);
       break;
     case MS_OP_KV_WRITE:
-      in.slot = K_PLANE, in.slot2 = V_PLANE, in.n = KV_HEADS * HEAD_DIM, in.dtype = store_dtype % 3;
-      memcpy(in.dims, (uint32_t[]){KV_HEADS, HEAD_DIM, HEAD_DIM, BLOCK_SIZE}, sizeof in.dims);
+      in.slot = K_PLANE, in.slot2 = V_PLANE, in.n = KV_HEADS * kv_dims[0];
+      in.dtype = kv_codecs[0], in.inner = kv_codecs[1], in.imm = random_below(3) + 4 * random_below(3);
+      plane_bytes(0, &in.offset), plane_bytes(1, &in.row_stride);
+      memcpy(in.dims, (uint32_t[]){KV_HEADS, kv_dims[0], kv_dims[1], BLOCK_SIZE}, sizeof in.dims);
       break;
     default:
       break;
@@ -90,9 +112,13 @@ static void bind_program(launch *l, uint32_t rows) {
       if (slot == MS_SLOT_SAMPLED_ROWS) values[i] = (int32_t)random_below(rows);
     }
   }
-  const uint64_t counts[] = {ELEMENTS, ELEMENTS, BLOCKS * KV_HEADS * HEAD_DIM * BLOCK_SIZE,
-                             BLOCKS * KV_HEADS * HEAD_DIM * BLOCK_SIZE, (TABLE_ROWS + 15) / 16 * 16 * TABLE_WIDTH};
-  for (int i = 0; i < 5; ++i) launch_bind_floats(l, counts[i]);
+  random_planes();
+  for (int slot = IN; slot <= OUT; ++slot) launch_bind_floats(l, ELEMENTS);
+  for (int i = 0; i < 2; ++i) {
+    uint32_t scales;
+    launch_bind(l, NULL, plane_bytes(i, &scales));
+  }
+  launch_bind_floats(l, (TABLE_ROWS + 15) / 16 * 16 * TABLE_WIDTH);
   l->rows = l->grid[0] = rows;
 }
 

@@ -250,7 +250,7 @@ def test_an_answer_that_never_began_leaves_no_message(capsys):
         (["--draft-model", "x"], "--draft-model: speculative decoding is not supported", "leave it out"),
         (["--pipeline"], "--pipeline: a model runs on one machine", "leave it out"),
         (["--adapter-path", "x"], "--adapter-path: adapters are not supported", "fuse it with `mlx_lm.fuse`"),
-        (["--kv-bits", "4"], "--kv-bits: a quantised KV cache is not supported", "--kv-dtype float16 is the smallest"),
+        (["--kv-bits", "4"], "--kv-bits: the KV cache is quantised as a scheme says", "use --kv-scheme"),
         (["--max-tokens", "0"], "max_tokens is 0", None),
         (["--min-p", "2"], "min_p is 2.0, expected a number from 0 to 1", None),
         (["--xtc-threshold", "0.7"], "xtc_threshold is 0.7", None),

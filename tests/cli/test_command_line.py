@@ -86,7 +86,7 @@ def test_version_prints_what_results_depend_on(capsys):
         (["generate", "--use-default-chat-template"], "--use-default-chat-template: tokenizers have no default chat template"),
         (["generate", "-qa"], "-qa: it has another name here"),
         (["generate", "--adapter-path", "a"], "--adapter-path: adapters are not supported"),
-        (["generate", "--kv-bits", "4"], "--kv-bits: a quantised KV cache is not supported"),
+        (["generate", "--kv-bits", "4"], "--kv-bits: the KV cache is quantised as a scheme says"),
         (["generate", "--image", "a.png", "b.png"], "--image: images are not supported"),
         (["chat"], "the following arguments are required: --model"),
         (["explain"], "the following arguments are required: MODEL"),

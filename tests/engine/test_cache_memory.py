@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from tiny import write_model
 
 import metalstep
-from metalstep.kv_cache import BLOCK_SIZE, DTYPES, CacheGroup, LayerShape, cache_capacity, from_blocks, to_blocks
+from metalstep.kernels.kv_codec import NAMES, KVCodec
+from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, LayerShape, cache_capacity, from_blocks, to_blocks
 from metalstep.memory_size import free_memory, memory_size
 
 sizes = st.integers(1, 40)
-shapes = st.builds(LayerShape, sizes, sizes, sizes)
+codecs = st.builds(KVCodec, st.sampled_from(NAMES), st.sampled_from(["float16", "float32"]))
+dims = st.sampled_from([64, 80, 96, 128, 256])
+shapes = st.builds(LayerShape, sizes, sizes, sizes) | st.builds(LayerShape, sizes, dims, dims, codecs, codecs)
 groups = st.lists(st.tuples(st.none() | st.integers(1, 400), st.lists(shapes, min_size=1, max_size=3)), min_size=1, max_size=4).map(
     lambda rows: [CacheGroup(window, dict(enumerate(layers))) for window, layers in rows]
 )
@@ -27,12 +30,12 @@ def needed(group, context, chunk):
     return blocks if group.window is None else min(blocks, -(-(group.window + chunk) // BLOCK_SIZE) + 1)
 
 
-@given(groups=groups, dtype=st.sampled_from(sorted(DTYPES)), budget=budgets, limits=limits)
-def test_a_capacity_keeps_the_budget_and_is_never_more_than_asked(groups, dtype, budget, limits):
-    capacity = cache_capacity(groups, dtype, budget=budget, **limits)
+@given(groups=groups, budget=budgets, limits=limits)
+def test_a_capacity_keeps_the_budget_and_is_never_more_than_asked(groups, budget, limits):
+    capacity = cache_capacity(groups, budget=budget, **limits)
     assert 0 <= capacity.tokens <= limits["context"]
     if capacity.tokens:  # else loading is refused
-        used = sum(n * BLOCK_SIZE * g.token_bytes(dtype) for n, g in zip(capacity.num_blocks, groups, strict=True))
+        used = sum(n * BLOCK_SIZE * g.token_bytes for n, g in zip(capacity.num_blocks, groups, strict=True))
         assert used <= budget
     for count, group in zip(capacity.num_blocks, groups, strict=True):
         assert count <= needed(group, limits["context"], limits["chunk"]) * limits["max_seqs"]
@@ -40,21 +43,21 @@ def test_a_capacity_keeps_the_budget_and_is_never_more_than_asked(groups, dtype,
 
 @given(groups=groups, budget=budgets, limits=limits)
 def test_a_sequence_of_the_capacitys_tokens_has_its_blocks(groups, budget, limits):
-    capacity = cache_capacity(groups, "float16", budget=budget, **limits)
+    capacity = cache_capacity(groups, budget=budget, **limits)
     for count, group in zip(capacity.num_blocks, groups, strict=True):
         assert not capacity.tokens or count >= needed(group, capacity.tokens, limits["chunk"])
 
 
 @given(groups=groups, budgets=st.tuples(budgets, budgets).map(sorted), limits=limits)
 def test_more_memory_is_never_a_smaller_cache(groups, budgets, limits):
-    less, more = (cache_capacity(groups, "float16", budget=budget, **limits) for budget in budgets)
+    less, more = (cache_capacity(groups, budget=budget, **limits) for budget in budgets)
     assert less.tokens <= more.tokens
     assert all(a <= b for a, b in zip(less.num_blocks, more.num_blocks, strict=True))
 
 
 @given(groups=groups, limits=limits)
 def test_memory_without_end_gives_all_that_the_sequences_can_use(groups, limits):
-    capacity = cache_capacity(groups, "float32", budget=10**15, **limits)
+    capacity = cache_capacity(groups, budget=10**15, **limits)
     assert capacity.tokens == limits["context"]
     for count, group in zip(capacity.num_blocks, groups, strict=True):
         assert count == needed(group, limits["context"], limits["chunk"]) * limits["max_seqs"]
@@ -67,12 +70,12 @@ def test_blocks_are_keys_and_values_in_another_order(heads, tokens, key_dim, val
     values = -np.arange(1, heads * tokens * value_dim + 1, dtype=np.float32).reshape(heads, tokens, value_dim)
     blocks = to_blocks(keys, values)
     count = -(-tokens // BLOCK_SIZE)
-    assert blocks[0].shape == (count, heads, key_dim, BLOCK_SIZE) and blocks[1].shape == (count, heads, BLOCK_SIZE, value_dim)
+    assert blocks[0].shape == (count, heads, BLOCK_SIZE, key_dim) and blocks[1].shape == (count, heads, BLOCK_SIZE, value_dim)
     assert [np.count_nonzero(b) for b in blocks] == [keys.size, values.size]  # padded with zeros
     again = from_blocks(blocks, tokens)
     np.testing.assert_array_equal(again[0], keys)
     np.testing.assert_array_equal(again[1], values)
-    np.testing.assert_array_equal(blocks[0][-1, :, :, (tokens - 1) % BLOCK_SIZE], keys[:, -1])
+    np.testing.assert_array_equal(blocks[0][-1, :, (tokens - 1) % BLOCK_SIZE], keys[:, -1])
 
 
 @given(count=st.integers(1, 2**45), space=st.sampled_from(["", " "]))
@@ -122,5 +125,5 @@ def test_loading_takes_no_more_than_the_memory(llama):
         with model:
             cache = model.native.cache
             blocks = zip(model.native.num_blocks, cache.groups, strict=True)
-            used = sum(n * BLOCK_SIZE * group.token_bytes(cache.dtype) for n, group in blocks)
+            used = sum(n * BLOCK_SIZE * group.token_bytes for n, group in blocks)
             assert 0 < used <= memory_size("kv_memory", kv_memory)

@@ -152,12 +152,12 @@ def test_cache_groups_count_what_mlx_lm_keeps_per_token():
         "deepseek_v3": {0: LayerShape(1, 32, 32), 1: LayerShape(1, 32, 32)},  # the latent, and the part that is rotated
     }
     for name, layers in per_layer.items():
-        (group,) = cache_groups(build(name, quantized=False))
+        (group,) = cache_groups(build(name, quantized=False), "float16")
         assert group.window is None and group.layers == layers, name
-    (group,) = cache_groups(mamba2())
+    (group,) = cache_groups(mamba2(), "float16")
     (shape,) = group.layers.values()
     state = 2 * (3 * (4 * 16 + 2 * 16) + 4 * 16 * 16)  # per layer: the convolution's last inputs, and the heads'
-    assert shape.elements * BLOCK_SIZE == state
+    assert shape.token_bytes // 2 * BLOCK_SIZE == state
 
 
 def test_an_eager_cache_has_the_dtype_that_the_model_computes_with():

@@ -140,7 +140,6 @@ def test_a_model_without_kernels_says_why(tmp_path):
         ({"batch": 65}, "batch is 65, expected 1 to 64"),
         ({"batch": 0}, "batch is 0"),
         ({"context": 8193}, "context is 8193, expected 1 to the model's own limit of 8192"),
-        ({"kv_dtype": "int8"}, "kv_dtype is 'int8', expected one of"),
         ({"bits": 7}, "bits is 7, expected one of"),
         ({"group_size": 16}, "group_size is 16, expected one of 32, 64, 128"),
     ],

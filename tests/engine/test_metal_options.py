@@ -240,7 +240,7 @@ def test_numbers_that_are_not_finite_stay_where_they_are(directory, invariant):
             if poisoned:
                 for planes in model.native.cache._views.values():
                     for plane in planes:
-                        plane[:] = np.nan
+                        plane._codes[:] = np.nan
                 huge = np.where(np.arange(64) % 2, 3e38, -2e38) * np.ones((9, 1))
                 wanted.append(submit(model, [], embeddings=huge))
             found.append([outputs(stream) for stream in wanted[:3]])

@@ -20,6 +20,7 @@ import metalstep
 from metalstep import CaptureError, Request, SamplingParams
 from metalstep.kernels.native import KernelError
 from metalstep.kv_cache import CacheGroup
+from metalstep.kv_scheme import parse
 from metalstep.native_model import NativeModel
 from metalstep.served_model import ServedModel
 
@@ -65,7 +66,7 @@ def mlx_lm_tokens(directory, prompt, count):
     "options, message",
     [
         ({"device": "tpu"}, "device is 'tpu', expected one of host, metal"),
-        ({"kv_dtype": "fp8"}, "kv_dtype is 'fp8', expected one of float16, bfloat16, float32"),
+        ({"device": "eager", "scheme": parse("turbo4")}, "kv_scheme is 'turbo4' on eager"),
         ({"device": "host", "arithmetic": "int4"}, "arithmetic is 'int4', expected one of"),
         ({"device": "eager", "threads": 2}, "threads is 2 on eager"),
         ({"device": "eager", "batch_invariant": True}, "batch_invariant is True on eager"),
@@ -78,10 +79,10 @@ def test_options_that_do_not_fit_are_refused(llama, options, message):
 
 def test_options_reach_the_engine(llama):
     wanted = requests(3, VOCAB, tokens=(3, 6))
-    options = {"device": "host", "threads": 1, "arithmetic": "int8", "kv_dtype": "float32"}
-    with metalstep.load(llama, strict=True, max_context=CONTEXT, **options)[0] as model:
+    options = {"device": "host", "threads": 1, "arithmetic": "int8"}
+    with metalstep.load(llama, strict=True, max_context=CONTEXT, kv_dtype="float32", **options)[0] as model:
         expected = alone(model.engine, wanted)
-    served = ServedModel(llama, strict=True, **options)
+    served = ServedModel(llama, strict=True, scheme=parse(kv_dtype="float32"), **options)
     assert served.native and served.fallback_reason is None and served.model_type == "llama"
     assert served.kv_bytes_per_token == 2 * 2 * (16 + 16) * 4  # layers, kv heads, key and value, float32
     session = served.allocate(BLOCKS, max_context=CONTEXT, max_seqs=SEQS)
@@ -106,9 +107,10 @@ def test_a_model_without_kernels_warns_once_says_why_and_answers_as_mlx_lm_does(
         served = ServedModel(experts, device="host", threads=1)
     assert len(caught) == 1
     assert not served.native and "ArgPartition" in served.fallback_reason
-    assert served.kv_dtype == ("float32" if mx.default_device() == mx.Device(mx.cpu) else served.kv_dtype)  # MLX's, not the option
     (group,) = served.groups
-    assert served.kv_bytes_per_token == group.token_bytes(served.kv_dtype) > 0
+    if mx.default_device() == mx.Device(mx.cpu):  # what MLX computes with there, not the scheme's
+        assert {shape.k_codec.name for shape in group.layers.values()} == {"float32"}
+    assert served.kv_bytes_per_token == group.token_bytes > 0
     served.allocate(BLOCKS, max_context=CONTEXT, max_seqs=SEQS)
     assert served.facts() == {"device": "eager", "reason": served.fallback_reason}
     assert served.session.device.info.threads == 1
@@ -166,11 +168,11 @@ def test_what_shows_when_plans_are_made_falls_back_too(llama, monkeypatch, error
 def test_eager_is_a_device_without_a_warning(llama):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        served = ServedModel(llama, device="eager", kv_dtype="float16", strict=True)
+        served = ServedModel(llama, device="eager", strict=True)
         served.allocate(BLOCKS, max_context=CONTEXT, max_seqs=SEQS)
     assert served.fallback_reason == "device='eager' was asked for"
-    if mx.default_device() == mx.Device(mx.cpu):
-        assert served.kv_dtype == "float32"  # what MLX computes with there
+    if mx.default_device() == mx.Device(mx.cpu):  # what MLX computes with there
+        assert {shape.k_codec.name for group in served.groups for shape in group.layers.values()} == {"float32"}
     assert greedy(served, TEXT[:9], 6) == mlx_lm_tokens(llama, TEXT[:9], 6)
     served.close()
 

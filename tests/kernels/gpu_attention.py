@@ -8,8 +8,9 @@ import numpy as np
 from gpu_harness import GpuHarness
 
 from metalstep.kernels import attention as plain
-from metalstep.kernels import params
+from metalstep.kernels import params, turboquant
 from metalstep.kernels.gpu import attention
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer
 
 CODES = {"float32": params.MS_FLOAT32, "float16": params.MS_FLOAT16, "bfloat16": params.MS_BFLOAT16}
@@ -45,20 +46,31 @@ class Cache:
     ):
         self.h, self.heads, self.dims, self.dtype, self.block = h, kv_heads, (head_dim, value_dim or head_dim), dtype, block
         self.lengths = list(lengths)
-        counts = [-(-n // block) for n in lengths]
+        self.place(rng)
+        self.fill(rng)
+        for s, n in enumerate(lengths):
+            self.write(s, range(n))
+
+    def place(self, rng: np.random.Generator) -> None:
+        """Blocks for the sequences."""
+        counts = [-(-n // self.block) for n in self.lengths]
         order = iter(rng.permutation(sum(counts) + 1))
-        self.tables = np.zeros((len(lengths), max(counts)), np.int32)
+        self.tables = np.zeros((len(self.lengths), max(counts)), np.int32)
         for row, count in zip(self.tables, counts, strict=True):
             row[:count] = [next(order) for _ in range(count)]
         self.spare = next(order)
         for row, count in zip(self.tables, counts, strict=True):
             row[count:] = self.spare
-        poison = [np.full((sum(counts) + 1, kv_heads, block, dim), np.nan, np.float32) for dim in self.dims]
+        self.blocks = sum(counts) + 1
+
+    def fill(self, rng: np.random.Generator) -> None:
+        """Planes of NaN, and what is to be written to them."""
+        h, dtype = self.h, self.dtype
+        self.codecs = (KVCodec(dtype), KVCodec(dtype))
+        poison = [np.full((self.blocks, self.heads, self.block, dim), np.nan, np.float32) for dim in self.dims]
         self.k_plane, self.v_plane = (h.put(stored(plane, dtype), dtype) for plane in poison)
-        draws = [[rng.standard_normal((kv_heads, n, dim)).astype(np.float32) for n in lengths] for dim in self.dims]
-        self.keys, self.values = ([loaded(stored(a, dtype), dtype) for a in arrays] for arrays in draws)
-        for s, n in enumerate(lengths):
-            self.write(s, range(n))
+        draws = [[rng.standard_normal((self.heads, n, dim)).astype(np.float32) for n in self.lengths] for dim in self.dims]
+        self.keys, self.values = self.drawn = [[loaded(stored(a, dtype), dtype) for a in arrays] for arrays in draws]
 
     def view(self, plane: Buffer) -> np.ndarray:
         """The plane's memory."""
@@ -104,7 +116,7 @@ class Cache:
         launches = attention.launches(
             q if isinstance(q, Buffer) else h.put(q), q_offset, q_row_stride or heads * head_dim, self.k_plane, self.v_plane, out,
             self.step(rows, windows, slots), num_q_heads=heads, num_kv_heads=self.heads, head_dim=head_dim, value_dim=value_dim,
-            block_size=self.block, kv_dtype=CODES[self.dtype], scale=head_dim**-0.5, max_rows=max_rows, splits=splits,
+            block_size=self.block, k_codec=self.codecs[0], v_codec=self.codecs[1], scale=head_dim**-0.5, max_rows=max_rows, splits=splits,
             sinks=None if sinks is None else h.put(sinks), workspace=h.empty((nbytes // 4,)) if nbytes else None, **options,
         )  # fmt: skip
         h.run(launches, max_rows)
@@ -120,3 +132,91 @@ class Cache:
             for row, (s, p) in zip(q, rows, strict=True)
         ]  # fmt: skip
         return np.stack([np.array(result) for result in results])
+
+
+def vectors(codec: KVCodec, plane: np.ndarray, shape: tuple[int, int, int], dim: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """Views of a plane's bytes, of (blocks, kv heads, block size): vectors [.., codes], and scales as ms_kv_codec has them."""
+    blocks, heads, block = shape
+    if codec.is_float:
+        return plane.view(np.uint16 if codec.name == "bfloat16" else codec.name).reshape(*shape, dim), None
+    scales_at = 4 * codec.scales_at(plane.nbytes, dim)
+    codes = plane[:scales_at].view(np.uint32).reshape(*shape, codec.words(dim))
+    scales = plane[scales_at:].view(codec.norm_dtype if codec.is_turbo else np.float16)
+    return codes, scales.reshape(shape if codec.is_turbo else (blocks, heads, codec.groups(dim), 2, block))
+
+
+class PackedCache(Cache):
+    """As Cache, of any codecs. What is not a sequence's has codes of ones and scales of NaN. keys, values: as the cache holds them,
+    decoded; drawn: before; packed: codes and scales of each sequence [kv heads, length, ..]."""
+
+    def __init__(
+        self,
+        h: GpuHarness,
+        rng: np.random.Generator,
+        lengths: Sequence[int],
+        k_codec: KVCodec,
+        v_codec: KVCodec,
+        size: float = 1,
+        **options,
+    ):
+        """size: of the vectors' elements."""
+        self.codecs, self.size = (k_codec, v_codec), size
+        super().__init__(h, rng, lengths, **options)
+
+    def fill(self, rng: np.random.Generator) -> None:
+        planes, self.drawn, self.packed, decoded = [], [], [], []
+        for seed, codec, dim in zip((turboquant.K_SEED, turboquant.V_SEED), self.codecs, self.dims, strict=True):
+            nbytes = self.blocks * self.heads * self.block * codec.vector_bytes(dim)
+            ones = np.full(nbytes, 0xFF, np.uint8)  # a NaN, of any float
+            dtype = codec.name if codec.is_float else "uint8"
+            shape = (self.blocks, self.heads, self.block, dim) if codec.is_float else (nbytes,)
+            planes.append(Buffer(self.h.put(ones).handle, 0, shape, dtype))
+            # Unlike normal ones these vectors have a mean, and some elements beyond the others.
+            spread = np.where(rng.random(dim) < 0.05, 3, 1)
+            draws = [self.size * (0.3 + spread * rng.standard_normal((self.heads, n, dim))).astype(np.float32) for n in self.lengths]
+            self.drawn.append(draws)
+            self.packed.append([turboquant.encode(x, codec, seed) for x in draws])
+            decoded.append([turboquant.decode(*parts, codec, dim, seed) for parts in self.packed[-1]])
+        (self.k_plane, self.v_plane), (self.keys, self.values) = planes, decoded
+
+    def move(self, rng: np.random.Generator) -> None:
+        """The sequences to other blocks."""
+        self.place(rng)
+        for plane in (self.k_plane, self.v_plane):
+            self.h.device.numpy(plane, np.uint8, (plane.nbytes,))[...] = 0xFF
+        for s, n in enumerate(self.lengths):
+            self.write(s, range(n))
+
+    def views(self, which: int) -> tuple[np.ndarray, np.ndarray | None]:
+        """Of the keys' plane (0) or the values' (1): `vectors`."""
+        codec, plane = self.codecs[which], (self.k_plane, self.v_plane)[which]
+        memory = self.h.device.numpy(plane, np.uint8, (plane.nbytes,))
+        return vectors(codec, memory, (self.blocks, self.heads, self.block), self.dims[which])
+
+    def write(self, s: int, positions: Sequence[int]) -> None:
+        for which in range(2):
+            (codes, scales), (all_codes, all_scales) = self.packed[which][s], self.views(which)
+            for p in positions:
+                block, place = self.tables[s, p // self.block], p % self.block
+                all_codes[block, :, place] = codes[:, p].view(all_codes.dtype)
+                if all_scales is not None:
+                    all_scales[block, ..., place] = scales[:, p, 0] if self.codecs[which].is_turbo else scales[:, p]
+
+    def read(self, which: int, slot: int) -> np.ndarray:
+        """The keys or values [kv heads, dim] in a slot, decoded."""
+        codec, (codes, scales) = self.codecs[which], self.views(which)
+        block, place = divmod(slot, self.block)
+        own = np.zeros((self.heads, 0), np.float16) if scales is None else scales[block, ..., place]
+        own = own[:, None] if codec.is_turbo else own
+        seed = (turboquant.K_SEED, turboquant.V_SEED)[which]
+        return turboquant.decode(np.ascontiguousarray(codes[block, :, place]).view(np.uint32), own, codec, self.dims[which], seed)
+
+    def spoil(self, which: int, s: int, positions: Sequence[int]) -> None:
+        """Keys (0) or values (1) that were not finite."""
+        codec, arrays = self.codecs[which], (self.keys, self.values)[which]
+        codes, scales = self.packed[which][s]
+        for p in positions:
+            bad = np.full((self.heads, self.dims[which]), np.nan, np.float32)
+            codes[:, p], scales[:, p] = turboquant.encode(bad, codec, 0)
+            arrays[s][:, p] = np.nan
+        self.write(s, positions)

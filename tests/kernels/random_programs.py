@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from metalstep.kernels import embedding, kv_write, layer_norm, params, rms_norm, rope
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.program import Program, Register
 
 SIZES = [1, 2, 6, 32, 33, 63, 64, 96, 97, 128, 192, 600]
@@ -290,10 +291,11 @@ class RandomProgram:
             return
         keys, values = self._any(), self._any()
         heads, block_size = int(np.gcd(keys.register.size, values.register.size)), int(self.rng.choice([1, 4]))
-        dtype = int(self.rng.choice([params.MS_FLOAT32, params.MS_FLOAT16]))
+        codec = KVCodec(str(self.rng.choice(["float32", "float16"])))
+        dtype = codec.code
         planes = []
         for register, is_key in ((keys.register, True), (values.register, False)):
             width = register.size // heads
             plane = np.full((5, heads, block_size, width), 7, NUMPY[dtype])
             planes.append(self._slot(plane, dtype, written=True, keys=is_key))
-        kv_write.emit(self.program, keys.register, values.register, *planes, heads, block_size, dtype)
+        kv_write.emit(self.program, keys.register, values.register, *planes, heads, block_size, codec, codec)

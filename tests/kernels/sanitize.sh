@@ -9,10 +9,11 @@ shift
 [ $# -gt 0 ] || set -- address thread fast-math seed-1 seed-3
 clang=$(command -v "${METALSTEP_CLANG:-clang++}")
 tests="tests/kernels/test_gpu_linear_epilogue.py tests/kernels/test_gpu_attention.py tests/kernels/test_gpu_attention_inside.py \
+tests/kernels/test_gpu_attention_packed.py \
 tests/kernels/test_gpu_row_program_ops.py tests/kernels/test_gpu_embedding.py tests/kernels/test_gpu_sample.py \
 tests/kernels/test_gpu_step_advance.py tests/kernels/test_gpu_step_load.py"
 # What fast mathematics does not promise: exact rounding, equal bits, NaN and infinity.
-exact="embedding or row_program_ops or bits or later_positions"
+exact="embedding or row_program_ops or bits or later_positions or not_finite"
 
 for mode in "$@"; do
   echo "sanitize: GPU kernels, $mode"

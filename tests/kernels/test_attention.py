@@ -9,6 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from metalstep.kernels import attention, kv_write, params, row_program
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Launch
 from metalstep.kernels.program import Program
 
@@ -22,6 +23,7 @@ class Cache:
 
     def __init__(self, h, rng, lengths, kv_heads, head_dim, dtype, block=BLOCK):
         self.h, self.lengths, self.heads, self.dim, self.dtype, self.block = h, lengths, kv_heads, head_dim, dtype, block
+        self.codec = KVCodec(dtype)
         counts = [-(-n // block) for n in lengths]
         order, self.tables = iter(rng.permutation(sum(counts) + 1)), np.zeros((len(lengths), max(counts)), np.int32)
         for row, count in zip(self.tables, counts, strict=True):
@@ -43,7 +45,7 @@ class Cache:
         k, v = (np.stack([a[s][:, p].reshape(-1) for p in positions]) for a in (self.keys, self.values))
         program, first = Program(), params.MS_SLOT_FIRST
         regs = [program.load(first + i, width, rows=params.MS_ROW_SELF, row_stride=width) for i in range(2)]
-        kv_write.emit(program, *regs, first + 2, first + 3, self.heads, self.block, CODES[self.dtype])
+        kv_write.emit(program, *regs, first + 2, first + 3, self.heads, self.block, self.codec, self.codec)
         step = self.h.step(len(k), slots=[self.slot(s, p) for p in positions])
         buffers = [self.h.put(k), self.h.put(v), self.k_plane, self.v_plane]
         self.h.run(row_program.launches(program, step, buffers, params.MS_ROWS_TOKENS, len(k)), len(k))
@@ -60,7 +62,7 @@ class Cache:
         launches = attention.launches(
             self.h.put(q.reshape(len(rows), -1)), 0, q[0].size, self.k_plane, self.v_plane, out, step,
             num_q_heads=q.shape[1], num_kv_heads=self.heads, head_dim=self.dim, value_dim=self.dim,
-            block_size=self.block, kv_dtype=CODES[self.dtype], scale=self.dim**-0.5, max_rows=len(rows), **options,
+            block_size=self.block, k_codec=self.codec, v_codec=self.codec, scale=self.dim**-0.5, max_rows=len(rows), **options,
         )  # fmt: skip
         self.h.run(launches, len(rows))
         return self.h.get(out)
@@ -281,13 +283,14 @@ def test_a_row_without_a_place_in_the_tables_is_nan():
         (dict(num_kv_heads=0), "0 kv heads"),
         (dict(block_size=24), "block_size is 24"),
         (dict(value_dim=20), "value_dim 20"),
-        (dict(kv_dtype=params.MS_INT32), "kv_dtype"),
+        (dict(k_codec=params.MS_INT32), "k_codec"),
         (dict(scale=float("nan")), "not finite"),
     ],
 )
 def test_malformed_launches_are_refused_when_the_plan_is_made(change, message):
     fields = dict(
-        num_q_heads=2, num_kv_heads=1, head_dim=32, value_dim=32, block_size=16, kv_dtype=params.MS_FLOAT16, q_row_stride=64, scale=1.0
+        num_q_heads=2, num_kv_heads=1, head_dim=32, value_dim=32, block_size=16, k_codec=params.MS_KV_FLOAT16,
+        v_codec=params.MS_KV_FLOAT16, q_row_stride=64, scale=1.0,
     )
     with Harness() as h:
         buffers = [h.empty((64,)) for _ in range(10)]

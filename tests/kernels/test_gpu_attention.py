@@ -8,8 +8,8 @@ from gpu_harness import GpuHarness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from metalstep.kernels import params
 from metalstep.kernels.gpu import attention
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer
 
 # float32 on both sides: sums of a few hundred terms in another order, and exp2 for exp. The cache's rounding is in the reference.
@@ -353,7 +353,7 @@ def region(shape, dtype="float32", offset=0):
         (dict(head_dim=20), "head_dim is 20, expected a multiple of 8 from 16"),
         (dict(value_dim=8), "value_dim is 8, expected a multiple of 8 from 16"),
         (dict(block_size=24), "block_size is 24, expected a power of two"),
-        (dict(kv_dtype=params.MS_INT32), "kv_dtype is 3, expected that of float32"),
+        (dict(v_codec=KVCodec("float16")), "codecs are float32 and float16, expected one of"),
         (dict(scale=float("nan")), "scale is nan"),
         (dict(softcap=-1.0), "softcap -1.0"),
         (dict(window=-1), "window is -1"),
@@ -376,7 +376,7 @@ def test_what_does_not_fit_is_refused(h, changes, text):
     arguments = dict(
         q=region((3, 128)), q_offset=0, q_row_stride=128, k_plane=region((4, 2, 16, 32)), v_plane=region((4, 2, 16, 32)),
         out=region((3, 4, 32)), step=step, num_q_heads=4, num_kv_heads=2, head_dim=32, value_dim=32, block_size=16,
-        kv_dtype=params.MS_FLOAT32, scale=1.0, max_rows=3,
+        k_codec=KVCodec("float32"), v_codec=KVCodec("float32"), scale=1.0, max_rows=3,
     )  # fmt: skip
     with pytest.raises(ValueError, match=text):
         attention.launches(**arguments | changes)

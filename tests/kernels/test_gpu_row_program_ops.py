@@ -10,6 +10,7 @@ from test_rope import POSITIONS, exact
 
 from metalstep.kernels import kv_write, layer_norm, params, rms_norm, rope
 from metalstep.kernels.gpu import row_program
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.program import Program
 
 RANDOM = np.random.default_rng(0)
@@ -219,7 +220,7 @@ def test_keys_and_values_land_in_their_places_and_nothing_else_changes(h, dtype)
         registers = [
             program.load(first + i, a[0].size, rows=params.MS_ROW_SELF, row_stride=a[0].size) for i, a in enumerate((keys, values))
         ]
-        kv_write.emit(program, *registers, first + 2, first + 3, heads, block_size, CODES[dtype])
+        kv_write.emit(program, *registers, first + 2, first + 3, heads, block_size, KVCodec(dtype), KVCodec(dtype))
         with own_buffers(h):
             after = [h.put(plane) for plane in before]
             buffers = [h.put(keys), h.put(values), *after]
@@ -251,7 +252,8 @@ def test_what_lies_between_two_matmuls_of_a_layer(h):
     k = rms_norm.emit(program, k, program.load(first + 6, dim, rows=params.MS_ROW_SAME), 1e-6, dim)
     q, k = rope.emit(program, q, angles, dim, False), rope.emit(program, k, angles, dim, False)
     program.store(q, first + 7, row_stride=heads * dim)
-    kv_write.emit(program, k, row.part(width - kv_heads * dim, kv_heads * dim), first + 8, first + 9, kv_heads, 16, params.MS_FLOAT16)
+    f16 = KVCodec("float16")
+    kv_write.emit(program, k, row.part(width - kv_heads * dim, kv_heads * dim), first + 8, first + 9, kv_heads, 16, f16, f16)
     with own_buffers(h):
         planes = [h.put(np.zeros((2, kv_heads, 16, dim), np.float16)) for _ in range(2)]
         inputs = [h.put(a) for a in (x, residual, weight)]

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from programs import launch_of, own_buffers
 
 from metalstep.kernels import kv_write, params, row_program
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.program import Program
 
 CODES = {"float32": params.MS_FLOAT32, "float16": params.MS_FLOAT16, "bfloat16": params.MS_BFLOAT16}
@@ -34,7 +35,7 @@ def write(h, keys, values, slots, before, block_size, dtype):
         program.load(first + i, a[0].size, rows=params.MS_ROW_SELF, row_stride=a[0].size)
         for i, a in enumerate((keys, values))
     ]
-    kv_write.emit(program, *regs, first + 2, first + 3, heads, block_size, CODES[dtype])
+    kv_write.emit(program, *regs, first + 2, first + 3, heads, block_size, KVCodec(dtype), KVCodec(dtype))
     with own_buffers(h):
         after = [h.put(plane) for plane in before]
         step = h.step(rows, slots=slots)
@@ -95,7 +96,7 @@ GOOD = dict(op=params.MS_OP_KV_WRITE, a=0, b=32, n=32, slot=FIRST, slot2=FIRST +
     [
         (dict(slot=7), "slot 7 of"),
         (dict(slot2=2**32 - 1), "slot 4294967295 of"),
-        (dict(dtype=params.MS_INT32), "the cache has no dtype 3"),
+        (dict(dtype=params.MS_INT32), "the cache has no codec 3"),
         (dict(n=31), "31 keys of 2 heads of 16"),
         (dict(a=33), "a is 33 [+] 32, past the 64"),
         (dict(b=40), "b is 40 [+] 32, past the 64"),

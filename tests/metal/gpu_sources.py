@@ -4,17 +4,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from itertools import count, product
 
-from metalstep.kernels import params
-from metalstep.kernels.gpu import attention, library, linear, sample, step_advance, step_load
+from metalstep.kernels import kv_write, params
+from metalstep.kernels.gpu import attention, library, linear, row_program, sample, step_advance, step_load
+from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import Input, Norm, PackedWeight, Segment, first_buffer_slot
 from metalstep.kernels.program import Program
 from metalstep.kernels.step import StepBuffers
 
 DTYPES = {"f32": params.MS_FLOAT32, "f16": params.MS_FLOAT16, "bf16": params.MS_BFLOAT16}
+CODECS = {"f32": KVCodec("float32"), "f16": KVCodec("float16"), "bf16": KVCodec("bfloat16")}
+PACKED = {
+    "turbo4-turbo2": (KVCodec("turbo4"), KVCodec("turbo2")),
+    "turbo3w-turbo3": (KVCodec("turbo3", "float32", "raw"), KVCodec("turbo3", scale="unbiased")),
+    "turbo2-turbo4w": (KVCodec("turbo2"), KVCodec("turbo4", "float32")),
+    "f16-turbo4": (KVCodec("float16"), KVCodec("turbo4")),
+    "turbo4-bf16": (KVCodec("turbo4"), KVCodec("bfloat16")),
+    "affine8-turbo3": (KVCodec("affine8"), KVCodec("turbo3")),
+    "affine8-affine8": (KVCodec("affine8"), KVCodec("affine8")),
+}
 FORMATS = [*product((2, 3, 4, 5, 6, 8), (32, 64, 128)), (16, 0)]
 ROWS = (1, 2, 3, 4, 16, 64)  # of plans: both sides of every change of kernel
 HEADS = [(4, 64), (3, 80), (4, 96), (2, 128), (1, 256)]  # query heads for each KV head, head_dim
+ENCODED = (16, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)  # elements of vectors, of each sort of Hadamard matrix
+ENCODERS = [
+    (KVCodec("turbo2"), KVCodec("turbo3", "float32", "raw")), (KVCodec("turbo4", scale="unbiased"), KVCodec("affine8")),
+    (KVCodec("float16"), KVCodec("turbo4", "float32")),
+]  # fmt: skip
 
 _handles = count(1)
 
@@ -54,9 +70,14 @@ def linear_launches(bits: int, group: int, dtype: str, rows: int) -> list[Launch
     return linear.launches(x, [Segment(weights, program)], step_buffers(), buffers, params.MS_ROWS_TOKENS, rows)
 
 
-def attention_launches(heads: int, dim: int, dtype: str, variant: str) -> list[Launch]:
+def plane(codec: KVCodec, dim: int) -> Buffer:
+    """Of eight blocks of two heads' sixteen vectors."""
+    return buffer(8, 2, 16, dim, dtype=codec.name) if codec.is_float else buffer(8 * 2 * 16 * codec.vector_bytes(dim), dtype="uint8")
+
+
+def attention_launches(heads: int, dim: int, codecs: tuple[KVCodec, KVCodec], variant: str) -> list[Launch]:
     """variant: decode, inside, or mixed."""
-    k, v = buffer(8, 2, 16, dim), buffer(8, 2, 16, dim)
+    k, v = (plane(codec, dim) for codec in codecs)
     norm = Norm(buffer(dim), 1e-6)
     rows = attention.Rows(buffer(4, 2 * dim), 0, 2 * dim)
     angles = buffer(4, dim)
@@ -65,9 +86,22 @@ def attention_launches(heads: int, dim: int, dtype: str, variant: str) -> list[L
     workspace = Buffer(next(_handles), 0, (attention.workspace_bytes(2 * heads, dim, 4, splits),), "uint8")
     return attention.launches(
         buffer(4, 2 * heads * dim), 0, 2 * heads * dim, k, v, buffer(4, 2 * heads, dim), step_buffers(),
-        num_q_heads=2 * heads, num_kv_heads=2, head_dim=dim, value_dim=dim, block_size=16, kv_dtype=DTYPES[dtype], scale=0.1,
+        num_q_heads=2 * heads, num_kv_heads=2, head_dim=dim, value_dim=dim, block_size=16, k_codec=codecs[0], v_codec=codecs[1], scale=0.1,
         max_rows=4, variant="mixed" if variant == "mixed" else "decode", splits=splits, inside=inside, workspace=workspace,
     )  # fmt: skip
+
+
+def encode_launches(dim: int) -> list[Launch]:
+    """Keys and values of two heads, encoded by each sort of codec."""
+    found, first = [], int(params.MS_SLOT_FIRST)
+    for codecs in ENCODERS:
+        program = Program()
+        keys, values = (program.load(first + i, 2 * dim, rows=params.MS_ROW_SELF, row_stride=2 * dim) for i in range(2))
+        scales = [codec.scales_at(8 * 2 * 16 * codec.vector_bytes(dim), dim) for codec in codecs]
+        kv_write.emit(program, keys, values, first + 2, first + 3, 2, 16, *codecs, *scales)
+        buffers = [buffer(4, 2 * dim), buffer(4, 2 * dim), *(buffer(8, 2, 16, dim) for _ in range(2))]
+        found += row_program.launches(program, step_buffers(), buffers, params.MS_ROWS_TOKENS, 4)
+    return found
 
 
 def sampler_launches(vocab_size: int) -> list[Launch]:
@@ -85,10 +119,13 @@ def instances() -> dict[str, Callable[[], list[Launch]]]:
     found: dict[str, Callable[[], list[Launch]]] = {}
     for (bits, group), dtype, rows in product(FORMATS, DTYPES, ROWS):
         found[f"linear-{bits}bit-g{group}-{dtype}-{rows}rows"] = lambda b=bits, g=group, d=dtype, r=rows: linear_launches(b, g, d, r)
-    for (heads, dim), dtype, variant in product(HEADS, DTYPES, ("decode", "inside", "mixed")):
-        found[f"attention-{variant}-{heads}x{dim}-{dtype}"] = lambda h=heads, n=dim, d=dtype, v=variant: attention_launches(h, n, d, v)
+    pairs = {name: (codec, codec) for name, codec in CODECS.items()} | PACKED
+    for (heads, dim), (name, codecs), variant in product(HEADS, pairs.items(), ("decode", "inside", "mixed")):
+        found[f"attention-{variant}-{heads}x{dim}-{name}"] = lambda h=heads, n=dim, c=codecs, v=variant: attention_launches(h, n, c, v)
     for vocab_size in (97, 5000, 151936):
         found[f"sampler-{vocab_size}"] = lambda n=vocab_size: sampler_launches(n)
+    for dim in ENCODED:
+        found[f"encode-{dim}"] = lambda n=dim: encode_launches(n)
     return found
 
 

@@ -5,17 +5,6 @@ MS_VEC void MS_NAME(set_head)(MS_NAME(attention_tile) * t, uint32_t head) {
   t->queries = t->all_queries + (size_t)head * t->rows * t->group * t->p->head_dim;
 }
 
-MS_VEC void MS_NAME(score_any)(const MS_NAME(attention_tile) * t, float *scores, uint32_t j, uint32_t nr,
-                               uint32_t chunk, uint32_t lo, uint32_t hi) {
-  if (t->dtype == MS_FLOAT16) {
-    MS_NAME(score_queries)(t, scores, j, nr, chunk, lo, hi, MS_FLOAT16);
-  } else if (t->dtype == MS_BFLOAT16) {
-    MS_NAME(score_queries)(t, scores, j, nr, chunk, lo, hi, MS_BFLOAT16);
-  } else {
-    MS_NAME(score_queries)(t, scores, j, nr, chunk, lo, hi, MS_FLOAT32);
-  }
-}
-
 // Positions [lo, hi) of one chunk for some kv heads, `stride` positions of one head before those of the next.
 static void MS_NAME(attend_heads)(MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part, uint32_t chunk,
                                   uint32_t lo, uint32_t hi, uint32_t first_head, uint32_t end_head, uint32_t stride) {
@@ -33,6 +22,7 @@ static void MS_NAME(attend_heads)(MS_NAME(attention_tile) * t, const MS_NAME(att
   }
   float *scores = t->scores;
   for (uint32_t head = first_head; head < end_head; ++head) {
+    MS_NAME(set_head)(t, head);
     for (uint32_t j = 0, n; j < queries; j += n, scores += (size_t)n * MS_ATTN_CHUNK) {
       n = queries - j < 16 ? queries - j : 16;
       MS_NAME(soften_queries)(t, part, scores, head * queries, j, n, chunk, lo, hi);
@@ -54,31 +44,46 @@ static void MS_NAME(attend_heads)(MS_NAME(attention_tile) * t, const MS_NAME(att
   }
 }
 
-// Positions [lo, hi) of one chunk for the kv head of a wide tile: what is read from here on are planes of the chunk
-// alone, in float32. The scores of a few queries at a time stay in the first-level cache.
+// A tile whose keys or values are what convert_chunk made of positions [lo, hi) of a chunk.
+MS_VEC void MS_NAME(view_chunk)(const MS_NAME(attention_tile) * t, MS_NAME(attention_tile) * c, uint32_t chunk,
+                                uint32_t lo, uint32_t hi) {
+  static const int32_t blocks[MS_ATTN_CHUNK / 16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  *c = *t;
+  c->keys = t->converted_keys, c->values = t->converted_values;
+  c->table = blocks;
+  c->k_codec = c->v_codec = MS_KV_FLOAT32, c->block_shift = 4, c->plane_heads = 1, c->plane_head = 0;
+  for (uint32_t r = 0; r < t->rows; ++r) {
+    c->lo[r] = (int32_t)(MS_NAME(clip)(t->lo[r], lo, hi) - chunk);
+    c->hi[r] = (int32_t)(MS_NAME(clip)(t->hi[r], lo, hi) - chunk);
+  }
+}
+
+// Positions [lo, hi) of one chunk for the kv head of a wide tile. 16-bit floats become planes of the chunk alone, in
+// float32; codes are read where they are. The scores of a few queries at a time stay in the first-level cache.
 static void MS_NAME(attend_wide_chunk)(MS_NAME(attention_tile) * t, const MS_NAME(attention_part) * part,
                                        uint32_t chunk, uint32_t lo, uint32_t hi) {
-  static const int32_t blocks[MS_ATTN_CHUNK / 16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   const uint32_t queries = t->rows * t->group;
   MS_NAME(set_head)(t, 0);
-  MS_NAME(attention_tile) c = *t;
-  if (t->converted_keys != NULL) {
+  const bool keys = t->converted_keys != NULL, values = t->converted_values != NULL;
+  MS_NAME(attention_tile) c;
+  if (keys || values) {
     MS_NAME(convert_chunk)(t, chunk, lo, hi);
-    c.keys = t->converted_keys, c.values = t->converted_values;
-    c.table = blocks;
-    c.dtype = MS_FLOAT32, c.block_shift = 4, c.plane_heads = 1, c.plane_head = 0;
-    for (uint32_t r = 0; r < t->rows; ++r) {
-      c.lo[r] = (int32_t)(MS_NAME(clip)(t->lo[r], lo, hi) - chunk);
-      c.hi[r] = (int32_t)(MS_NAME(clip)(t->hi[r], lo, hi) - chunk);
-    }
-    lo -= chunk, hi -= chunk, chunk = 0;
+    MS_NAME(view_chunk)(t, &c, chunk, lo, hi);
   }
-  float *values = part->values;
-  for (uint32_t j = 0, nr; j < queries; j += nr, values += (size_t)nr * t->p->value_dim) {
+  float *to = part->values;
+  for (uint32_t j = 0, nr; j < queries; j += nr, to += (size_t)nr * t->p->value_dim) {
     nr = MS_NAME(tile_width)(queries - j);
-    MS_NAME(score_queries)(&c, t->scores, j, nr, chunk, lo, hi, MS_FLOAT32);
-    MS_NAME(soften_queries)(&c, part, t->scores, 0, j, nr, chunk, lo, hi);
-    MS_NAME(weigh_seen)(&c, values, t->scores, j, nr, chunk, lo, hi);
+    if (keys) {
+      MS_NAME(score_float32)(&c, t->scores, j, nr, 0, lo - chunk, hi - chunk);
+    } else {
+      MS_NAME(score_any)(t, t->scores, j, nr, chunk, lo, hi);
+    }
+    MS_NAME(soften_queries)(t, part, t->scores, 0, j, nr, chunk, lo, hi);
+    if (values) {
+      MS_NAME(weigh_seen)(&c, to, t->scores, j, nr, 0, lo - chunk, hi - chunk);
+    } else {
+      MS_NAME(weigh_seen)(t, to, t->scores, j, nr, chunk, lo, hi);
+    }
   }
 }
 
@@ -134,7 +139,11 @@ static void MS_NAME(finish_tile)(const MS_NAME(attention_tile) * t, const MS_NAM
           sum = sum * keep + vexp(vsplat(sinks[head] - max))[0];
         }
         const float scale = t->table != NULL ? keep / sum : __builtin_nanf("");
-        const float *from = total->values + (size_t)j * p->value_dim;
+        float *from = total->values + (size_t)j * p->value_dim;
+        if (ms_kv_is_turbo(t->v_codec)) {
+          MS_NAME(order_values)(from, p->value_dim, t->v_codec);
+          MS_NAME(rotate_back)(from, p->value_dim, t->packed->v.signs);
+        }
         float *to = (float *)args->buffers[MS_ATTN_OUT] + ((size_t)(t->row + r) * p->num_q_heads + head) * p->value_dim;
         for (uint32_t e = 0; e < p->value_dim; e += 16) vstore(to + e, vload(from + e) * scale);
       }
@@ -142,7 +151,8 @@ static void MS_NAME(finish_tile)(const MS_NAME(attention_tile) * t, const MS_NAM
   }
 }
 
-// A tile of kv heads [first_head, first_head + heads) with its queries scaled; its scratch lies behind them.
+// A tile of kv heads [first_head, first_head + heads) with its queries scaled, and packed for packed keys; its scratch
+// lies behind them.
 static void MS_NAME(begin_tile)(const MS_NAME(attention) * a, const MS_NAME(attention_span) * s, uint32_t first_head,
                                 uint32_t heads, const ms_host_args *args, MS_NAME(attention_tile) * t) {
   const MSAttentionParams *p = a->p;
@@ -150,7 +160,8 @@ static void MS_NAME(begin_tile)(const MS_NAME(attention) * a, const MS_NAME(atte
   t->p = p;
   t->keys = args->buffers[MS_ATTN_K], t->values = args->buffers[MS_ATTN_V];
   t->table = s->view.hi > 0 ? a->tables + (size_t)a->seq_ids[s->row] * a->step->max_blocks : NULL;
-  t->dtype = p->kv_dtype;
+  t->k_codec = ms_kv_base(p->k_codec), t->v_codec = ms_kv_base(p->v_codec);
+  t->packed = a->packed;
   t->block_shift = (uint32_t)__builtin_ctz(p->block_size);
   t->plane_heads = p->num_kv_heads;
   t->row = s->row, t->rows = s->rows;
@@ -167,6 +178,8 @@ static void MS_NAME(begin_tile)(const MS_NAME(attention) * a, const MS_NAME(atte
       const float *from = q + (size_t)head * n;
       float *to = t->all_queries + ((size_t)head * s->rows + r) * n;
       for (uint32_t i = 0; i < n; ++i) to[i] = from[i] * scale;
+      if (ms_kv_is_float(t->k_codec)) continue;
+      for (uint32_t i = 0; i < n; i += p->head_dim) MS_NAME(pack_query)(a->packed, p->head_dim, to + i);
     }
   }
 }
@@ -202,9 +215,10 @@ static void MS_NAME(attend_wide)(const MS_NAME(attention) * a, MS_NAME(attention
   t->wide = true;
   t->scores = t->all_queries + ms_attention_scaled(a->p, MS_ATTN_WIDE_TILE);
   float *memory = t->scores + MS_ATTN_WIDE_SCORES * MS_ATTN_CHUNK;
-  const bool converted = a->p->kv_dtype != MS_FLOAT32;
-  t->converted_keys = converted ? memory + 2 * ms_attention_part(a->p, MS_ATTN_WIDE_TILE) : NULL;
-  t->converted_values = converted ? t->converted_keys + MS_ATTN_CHUNK * a->p->head_dim : NULL;
+  float *converted = memory + 2 * ms_attention_part(a->p, MS_ATTN_WIDE_TILE);
+  t->converted_keys = ms_attention_converts(t->k_codec) ? converted : NULL;
+  if (t->converted_keys != NULL) converted += MS_ATTN_CHUNK * a->p->head_dim;
+  t->converted_values = ms_attention_converts(t->v_codec) ? converted : NULL;
   MS_NAME(attend_whole)(a, t, s, memory, MS_ATTN_WIDE_TILE, args);
 }
 
@@ -251,12 +265,15 @@ void MS_NAME(ms_attention)(const ms_host_args *args) {
   const MSStep *step = buffers[MS_ATTN_STEP];
   const uint32_t rows = step->num_tokens;
   const uint64_t thread = (uint64_t)args->thread, threads = (uint64_t)args->threads;
+  MS_NAME(attention_packed) packed;
+  MS_NAME(pack_attention)(&packed, p, buffers[MS_ATTN_K], buffers[MS_ATTN_V]);
   const MS_NAME(attention) a = {p,
                                 step,
                                 buffers[MS_ATTN_POSITIONS],
                                 buffers[MS_ATTN_SEQ_IDS],
                                 buffers[MS_ATTN_BLOCK_TABLES],
                                 buffers[MS_ATTN_SEQUENCES],
+                                &packed,
                                 ms_attention_tile_rows(p),
                                 ms_attention_wide_rows(p, rows, (uint32_t)threads)};
   const size_t narrow = p->num_kv_heads * ms_attention_queries(p), shared_part = ms_attention_narrow_part(p);
@@ -308,4 +325,5 @@ void MS_NAME(ms_attention)(const ms_host_args *args) {
 }
 
 #undef MS_TILES
+#undef MS_PACKED_TILES
 #undef MS_UNROLL

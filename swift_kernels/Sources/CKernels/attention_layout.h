@@ -72,10 +72,14 @@ static inline size_t ms_attention_narrow_scratch(const MSAttentionParams *p) {
   return ms_attention_scaled(p, p->num_kv_heads * ms_attention_queries(p)) + ms_attention_narrow_scores(p) +
          2 * ms_attention_narrow_part(p);
 }
-// For a wide tile: the same, and a chunk's keys and values.
+// Whether a wide tile converts a chunk of a plane to float32.
+static inline int ms_attention_converts(uint32_t codec) { return codec == MS_KV_FLOAT16 || codec == MS_KV_BFLOAT16; }
+// For a wide tile: the same, and a chunk's keys and values if they are 16-bit floats. Codes are unpacked to registers.
 static inline size_t ms_attention_wide_scratch(const MSAttentionParams *p) {
   return ms_attention_scaled(p, MS_ATTN_WIDE_TILE) + (size_t)MS_ATTN_WIDE_SCORES * MS_ATTN_CHUNK +
-         2 * ms_attention_part(p, MS_ATTN_WIDE_TILE) + (size_t)MS_ATTN_CHUNK * (p->head_dim + p->value_dim);
+         2 * ms_attention_part(p, MS_ATTN_WIDE_TILE) +
+         (ms_attention_converts(p->k_codec) ? (size_t)MS_ATTN_CHUNK * p->head_dim : 0) +
+         (ms_attention_converts(p->v_codec) ? (size_t)MS_ATTN_CHUNK * p->value_dim : 0);
 }
 static inline size_t ms_attention_scratch(const MSAttentionParams *p, uint64_t max_tokens, uint32_t threads) {
   const size_t narrow = ms_attention_narrow_scratch(p);

@@ -1,6 +1,7 @@
 #include <math.h>
 #include <stdio.h>
 #include "attention_layout.h"
+#include "kv_codec.h"
 #include "prepare.h"
 
 MS_PREPARE(attention) {
@@ -25,7 +26,27 @@ MS_PREPARE(attention) {
     snprintf(message, 256, "attention: block_size is %u; expected a power of two from 16", p->block_size);
     return message;
   }
-  if (p->kv_dtype > MS_BFLOAT16) return "attention: kv_dtype is not float32, float16 or bfloat16";
+  const struct {
+    const char *name, *dim_name;
+    uint32_t codec, dim, scales;
+  } planes[2] = {{"k", "head_dim", p->k_codec, p->head_dim, p->k_scales},
+                 {"v", "value_dim", p->v_codec, p->value_dim, p->v_scales}};
+  for (int i = 0; i < 2; ++i) {
+    if (!ms_kv_known(planes[i].codec)) {
+      snprintf(message, 256, "attention: %s_codec is %u, not an ms_kv_codec", planes[i].name, planes[i].codec);
+      return message;
+    }
+    if (!ms_kv_dim_ok(planes[i].codec, planes[i].dim)) {
+      snprintf(message, 256, "attention: %s is %u, which %s_codec %u does not take", planes[i].dim_name, planes[i].dim,
+               planes[i].name, planes[i].codec);
+      return message;
+    }
+    if ((planes[i].scales == 0) != ms_kv_is_float(planes[i].codec)) {
+      snprintf(message, 256, "attention: %s_scales is %u words for %s_codec %u; expected 0 for floats alone",
+               planes[i].name, planes[i].scales, planes[i].name, planes[i].codec);
+      return message;
+    }
+  }
   if (!isfinite(p->scale) || !isfinite(p->softcap)) return "attention: scale or softcap is not finite";
   scratch->per_thread = ms_attention_scratch(p, max_tokens, (uint32_t)threads) * sizeof(float);
   scratch->shared = (uint64_t)(threads - 1) * MS_ATTN_SPLITS * ms_attention_narrow_part(p) * sizeof(float);

@@ -37,12 +37,14 @@ MS_VEC float MS_NAME(cap_scores)(float *scores, float softcap, float most, uint3
   return vmaxall(max);
 }
 
-// Scores become weights e^(score - max); returns their sum.
-MS_VEC float MS_NAME(weights_of)(float *scores, float max, uint32_t chunk, uint32_t lo, uint32_t hi) {
+// Scores become weights e^(score - max), times `scales` of the chunk's positions unless NULL; returns the sum without
+// them.
+MS_VEC float MS_NAME(weights_of)(float *scores, float max, uint32_t chunk, uint32_t lo, uint32_t hi,
+                                 const float *scales) {
   f32x16 sum = vsplat(0);
   for (uint32_t i = (lo & ~15u) - chunk; i < hi - chunk; i += 16) {
     const f32x16 w = vexp(vload(scores + i) - max);
-    vstore(scores + i, w);
+    vstore(scores + i, scales != NULL ? w * vload(scales + i) : w);
     sum += w;
   }
   return vsum(sum);
@@ -58,6 +60,10 @@ static void MS_NAME(soften_queries)(const MS_NAME(attention_tile) * t, const MS_
   float *max = part->max + first + j, *sum = part->sum + first + j;
   uint32_t from[16], to[16];
   _Alignas(64) float most[16] = {0}, keep[16];
+  _Alignas(64) float
+      scales[MS_ATTN_CHUNK];  // of turbo values: NaN where one was not finite, so none that is not seen counts
+  const bool turbo = ms_kv_is_turbo(t->v_codec);
+  if (turbo) MS_NAME(value_scales)(t, scales, chunk, lo, hi);
   for (uint32_t i = 0, row = j / t->group, left = t->group - j % t->group; i < n; ++i, --left) {
     if (left == 0) ++row, left = t->group;
     from[i] = MS_NAME(clip)(t->lo[row], lo, hi), to[i] = MS_NAME(clip)(t->hi[row], lo, hi);
@@ -68,7 +74,9 @@ static void MS_NAME(soften_queries)(const MS_NAME(attention_tile) * t, const MS_
   vstore(keep, vexp(vload_n(max, n) - vload(most)));
   for (uint32_t i = 0; i < n; ++i) {
     if (from[i] >= to[i]) continue;
-    const float more = MS_NAME(weights_of)(scores + (size_t)i * MS_ATTN_CHUNK, most[i], chunk, from[i], to[i]);
+    float *s = scores + (size_t)i * MS_ATTN_CHUNK;
+    const float more = turbo ? MS_NAME(weights_of)(s, most[i], chunk, from[i], to[i], scales)
+                             : MS_NAME(weights_of)(s, most[i], chunk, from[i], to[i], NULL);
     max[i] = most[i];
     sum[i] = sum[i] * keep[i] + more;
     if (keep[i] == 1.0f) continue;

@@ -5,6 +5,7 @@ typedef struct {
   const MSStep *step;
   const int32_t *positions, *seq_ids, *tables;
   const MSSequence *sequences;
+  const MS_NAME(attention_packed) * packed;
   uint32_t narrow_rows, wide_rows;  // of a tile; 0: there are no wide ones
 } MS_NAME(attention);
 

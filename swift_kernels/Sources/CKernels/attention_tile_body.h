@@ -15,19 +15,21 @@
 // Rows that are worked on, and their scratch. A wide tile reads its chunk from planes of its own.
 typedef struct {
   const MSAttentionParams *p;
-  const void *keys, *values;    // planes
-  const int32_t *table;         // the sequence's blocks; NULL: the row sees nothing
-  const int32_t *next_table;    // those of the row that this thread works on next, which sees [next_lo, next_hi)
-  uint32_t next_lo, next_hi;    // next_hi is 0 where that is not known
-  uint32_t dtype, block_shift;  // of the planes
-  uint32_t plane_heads;         // kv heads of a block,
-  uint32_t plane_head;          // of which one is worked on:
-  float *queries;               // its own [rows * group, head_dim], scaled
-  uint32_t row, rows;           // of the step
-  uint32_t group;               // q heads of a kv head
-  uint32_t first_head, heads;   // kv heads of the tile
-  float *all_queries;           // [heads, rows * group, head_dim]
-  float *scores;                // [queries that are worked on, MS_ATTN_CHUNK]
+  const void *keys, *values;  // planes
+  const int32_t *table;       // the sequence's blocks; NULL: the row sees nothing
+  const int32_t *next_table;  // those of the row that this thread works on next, which sees [next_lo, next_hi)
+  uint32_t next_lo, next_hi;  // next_hi is 0 where that is not known
+  uint32_t k_codec, v_codec;  // of the planes, without the bit for wide scales
+  uint32_t block_shift;
+  const MS_NAME(attention_packed) * packed;
+  uint32_t plane_heads;        // kv heads of a block,
+  uint32_t plane_head;         // of which one is worked on:
+  float *queries;              // its own [rows * group, head_dim], scaled
+  uint32_t row, rows;          // of the step
+  uint32_t group;              // q heads of a kv head
+  uint32_t first_head, heads;  // kv heads of the tile
+  float *all_queries;          // [heads, rows * group, head_dim]
+  float *scores;               // [queries that are worked on, MS_ATTN_CHUNK]
   bool wide;
   float *converted_keys, *converted_values;              // of a wide tile's chunk; NULL: they are read where they are
   int32_t lo[MS_ATTN_WIDE_TILE], hi[MS_ATTN_WIDE_TILE];  // positions that a row sees, of those that are worked on
@@ -112,12 +114,13 @@ MS_VEC void MS_NAME(convert_values)(const MS_NAME(attention_tile) * t, uint32_t 
   }
 }
 static void MS_NAME(convert_chunk)(const MS_NAME(attention_tile) * t, uint32_t chunk, uint32_t lo, uint32_t hi) {
-  if (t->dtype == MS_FLOAT16) {
-    MS_NAME(convert_keys)(t, chunk, lo, hi, MS_FLOAT16);
-    MS_NAME(convert_values)(t, chunk, lo, hi, MS_FLOAT16);
-  } else {
-    MS_NAME(convert_keys)(t, chunk, lo, hi, MS_BFLOAT16);
-    MS_NAME(convert_values)(t, chunk, lo, hi, MS_BFLOAT16);
+  if (t->converted_keys != NULL) {
+    if (t->k_codec == MS_KV_FLOAT16) MS_NAME(convert_keys)(t, chunk, lo, hi, MS_FLOAT16);
+    if (t->k_codec == MS_KV_BFLOAT16) MS_NAME(convert_keys)(t, chunk, lo, hi, MS_BFLOAT16);
+  }
+  if (t->converted_values != NULL) {
+    if (t->v_codec == MS_KV_FLOAT16) MS_NAME(convert_values)(t, chunk, lo, hi, MS_FLOAT16);
+    if (t->v_codec == MS_KV_BFLOAT16) MS_NAME(convert_values)(t, chunk, lo, hi, MS_BFLOAT16);
   }
 }
 
@@ -192,78 +195,4 @@ MS_VEC uint32_t MS_NAME(tile_width)(uint32_t queries) {
 
 MS_VEC uint32_t MS_NAME(clip)(int32_t x, uint32_t lo, uint32_t hi) {
   return x<(int64_t)lo ? lo : x>(int64_t) hi ? hi : (uint32_t)x;
-}
-
-// Scores of `nr` queries from j of a kv head against those positions [lo, hi) of a chunk that they see, and some beside
-// them.
-MS_VEC void MS_NAME(score_queries)(const MS_NAME(attention_tile) * t, float *scores, uint32_t j, uint32_t nr,
-                                   uint32_t chunk, uint32_t lo, uint32_t hi, const uint32_t dtype) {
-  uint32_t from = lo & ~15u, end = hi;
-  if (t->rows > 1) {
-    from = MS_NAME(clip)(t->lo[j / t->group], lo, hi) & ~15u;
-    end = MS_NAME(clip)(t->hi[(j + nr - 1) / t->group], lo, hi);
-  }
-  while (from < end) {
-    switch (nr) {
-#define MS_CASE(nr_, nk_, nv_)                                                                    \
-  case nr_:                                                                                       \
-    if (from + 16 * nk_ <= end + 15) {                                                            \
-      MS_NAME(score)(t, j, from, from + MS_ATTN_AHEAD, scores + (from - chunk), nr_, nk_, dtype); \
-      from += 16 * nk_;                                                                           \
-    } else {                                                                                      \
-      MS_NAME(score)(t, j, from, from + MS_ATTN_AHEAD, scores + (from - chunk), nr_, 1, dtype);   \
-      from += 16;                                                                                 \
-    }                                                                                             \
-    break;
-      MS_TILES(MS_CASE)
-#undef MS_CASE
-    }
-  }
-}
-
-// values of `nr` queries from j += weights of positions [lo, hi) of a chunk times their values. weights: query j's.
-static void MS_NAME(weigh_queries)(const MS_NAME(attention_tile) * t, float *values, const float *weights, uint32_t nr,
-                                   uint32_t chunk, uint32_t lo, uint32_t hi) {
-  const uint32_t dim = t->p->value_dim, dtype = t->dtype;
-  weights += lo - chunk;
-  for (uint32_t e = 0; e < dim;) {
-#define MS_WEIGH(nr_, nv_, dtype_) MS_NAME(weigh)(t, values, weights, lo, hi, e, nr_, nv_, dtype_)
-#define MS_CASE(nr_, nk_, nv_)                                   \
-  case nr_:                                                      \
-    if (e + 16 * nv_ <= dim) {                                   \
-      if (dtype == MS_FLOAT16) MS_WEIGH(nr_, nv_, MS_FLOAT16);   \
-      if (dtype == MS_BFLOAT16) MS_WEIGH(nr_, nv_, MS_BFLOAT16); \
-      if (dtype == MS_FLOAT32) MS_WEIGH(nr_, nv_, MS_FLOAT32);   \
-      e += 16 * nv_;                                             \
-    } else {                                                     \
-      if (dtype == MS_FLOAT16) MS_WEIGH(nr_, 1, MS_FLOAT16);     \
-      if (dtype == MS_BFLOAT16) MS_WEIGH(nr_, 1, MS_BFLOAT16);   \
-      if (dtype == MS_FLOAT32) MS_WEIGH(nr_, 1, MS_FLOAT32);     \
-      e += 16;                                                   \
-    }                                                            \
-    break;
-    switch (nr) { MS_TILES(MS_CASE) }
-#undef MS_CASE
-#undef MS_WEIGH
-  }
-}
-
-// values of `nr` queries from j += weights of those positions [lo, hi) of a chunk that they see: positions that all of
-// them see together, others by halves of them. Each query's positions come in ascending order either way.
-static void MS_NAME(weigh_seen)(const MS_NAME(attention_tile) * t, float *values, const float *weights, uint32_t j,
-                                uint32_t nr, uint32_t chunk, uint32_t lo, uint32_t hi) {
-  const uint32_t first = j / t->group, last = (j + nr - 1) / t->group, half = nr / 2;
-  uint32_t from = MS_NAME(clip)(t->lo[last], lo, hi), to = MS_NAME(clip)(t->hi[first], lo, hi);
-  if (from >= to) from = to = hi;  // nothing in common
-  float *values_after = values + (size_t)half * t->p->value_dim;
-  const float *weights_after = weights + (size_t)half * MS_ATTN_CHUNK;
-  if (first < last && MS_NAME(clip)(t->lo[first], lo, hi) < from) {
-    MS_NAME(weigh_seen)(t, values, weights, j, half, chunk, lo, from);
-    MS_NAME(weigh_seen)(t, values_after, weights_after, j + half, nr - half, chunk, lo, from);
-  }
-  if (from < to) MS_NAME(weigh_queries)(t, values, weights, nr, chunk, from, to);
-  if (first < last && to < MS_NAME(clip)(t->hi[last], lo, hi)) {
-    MS_NAME(weigh_seen)(t, values, weights, j, half, chunk, to, hi);
-    MS_NAME(weigh_seen)(t, values_after, weights_after, j + half, nr - half, chunk, to, hi);
-  }
 }

@@ -8,6 +8,7 @@
 #include <string.h>
 #include "attention_layout.h"
 #include "host_kernels.h"
+#include "kv_codec.h"
 #include "program_check.h"
 #include "sample_layout.h"
 

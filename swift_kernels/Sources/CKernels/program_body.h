@@ -176,10 +176,11 @@ typedef struct {
 MS_VEC void MS_NAME(find_operands)(MS_NAME(operands) * o, const MSInstr *in, const float *regs, size_t stride) {
   const uint32_t numbers[3] = {in->a, in->b, in->c};
   const float immediates[3] = {in->imm0, in->imm1, in->imm2};
+  const uint32_t scalars = in->op >= MS_OP_COPY ? in->imm : 0;  // a KV_WRITE's are no operands
   for (uint32_t i = 0; i < 3; ++i) {
     o->at[i] = numbers[i] == MS_NONE ? NULL : regs + numbers[i] * stride;
     o->steps[i] = o->at[i] == NULL ? 0 : 16;  // an absent operand is not advanced: NULL + 16 is undefined
-    if (in->imm >> i & 1) {
+    if (scalars >> i & 1) {
       vstore(o->scalars[i], vsplat(immediates[i]));
       o->at[i] = o->scalars[i];
       o->steps[i] = 0;

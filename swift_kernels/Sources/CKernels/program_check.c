@@ -1,6 +1,7 @@
 #include "program_check.h"
 #include <stdarg.h>
 #include <stdio.h>
+#include "kv_codec.h"
 #include "panel.h"
 
 typedef struct {
@@ -93,14 +94,32 @@ static const char *check_buffer_instr(const checked *k) {
   return in_row(k, "a", in->a, in->n);
 }
 
+// The keys' or the values' plane of the cache; scales: its words before them, which are those of whole blocks.
+static const char *plane(const checked *k, uint32_t codec, uint32_t dim, uint32_t scales) {
+  const uint64_t vectors = (uint64_t)k->in->dims[0] * k->in->dims[3];  // in a block
+  MS_REQUIRE(ms_kv_known(codec), "the cache has no codec %u", codec);
+  MS_REQUIRE(ms_kv_dim_ok(codec, dim), "codec %u does not take vectors of %u", codec, dim);
+  if (ms_kv_is_float(codec)) {
+    MS_REQUIRE(scales == 0, "scales at %u of a plane of floats", scales);
+    return NULL;
+  }
+  MS_REQUIRE(scales > 0 && scales % vectors == 0 && scales / vectors % ms_kv_words(codec, dim) == 0,
+             "scales at %u are not behind blocks of %llu vectors of %u words", scales, (unsigned long long)vectors,
+             ms_kv_words(codec, dim));
+  return NULL;
+}
+
 static const char *check_kv_write(const checked *k) {
   const MSInstr *in = k->in;
   const uint64_t keys = (uint64_t)in->dims[0] * in->dims[1], values = (uint64_t)in->dims[0] * in->dims[2];
   MS_REQUIRE(keys > 0 && values > 0 && in->dims[3] > 0, "heads, dims and block_size must not be 0");
   MS_REQUIRE(keys == in->n, "%u keys of %u heads of %u", in->n, in->dims[0], in->dims[1]);
-  MS_REQUIRE(in->dtype <= MS_BFLOAT16, "the cache has no dtype %u", in->dtype);
+  MS_REQUIRE((in->imm & 3) <= MS_KV_SCALE_UNBIASED && in->imm >> 2 <= MS_KV_SCALE_UNBIASED, "imm %u is no ms_kv_scales",
+             in->imm);
   MS_PASS(slot(k, in->slot));
   MS_PASS(slot(k, in->slot2));
+  MS_PASS(plane(k, in->dtype, in->dims[1], in->offset));
+  MS_PASS(plane(k, in->inner, in->dims[2], in->row_stride));
   MS_PASS(in_row(k, "a", in->a, keys));
   return in_row(k, "b", in->b, values);
 }
@@ -129,7 +148,7 @@ static const char *check_norm(const checked *k) {
 static const char *check_row_instr(const checked *k) {
   const MSInstr *in = k->in;
   const char *problem;
-  MS_REQUIRE(in->imm == 0, "takes no scalar operands");
+  MS_REQUIRE(in->imm == 0 || in->op == MS_OP_KV_WRITE, "takes no scalar operands");
   switch (in->op) {
     case MS_OP_LOAD:
     case MS_OP_STORE:

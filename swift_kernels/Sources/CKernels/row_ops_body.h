@@ -205,28 +205,46 @@ static void MS_NAME(reduce)(float *dst, const float *a, uint32_t n, uint32_t wid
   }
 }
 
-// One row into the cache: values as they are, keys with the place in the block as the fastest axis.
-static void MS_NAME(kv_write)(const float *keys, const float *values, const MSInstr *in, int32_t place, void *k_plane,
-                              void *v_plane) {
-  const uint32_t heads = in->dims[0], key_dim = in->dims[1], value_dim = in->dims[2], block_size = in->dims[3];
-  if (place < 0) return;
-  const int64_t block = (uint32_t)place / block_size, in_block = (uint32_t)place % block_size;
-  for (uint32_t h = 0; h < heads; ++h) {
-    const int64_t head = block * heads + h;
-    const float *key = keys + (size_t)h * key_dim;
-    const int64_t at = head * key_dim * block_size + in_block;
-    if (in->dtype == MS_FLOAT32) {
-      float *to = (float *)k_plane + at;
-      for (uint32_t i = 0; i < key_dim; ++i) to[(size_t)i * block_size] = key[i];
+// Keys of floats [heads, dim] into their plane, the place in the block as its fastest axis.
+static void MS_NAME(write_float_keys)(const float *keys, void *plane, uint32_t dtype, uint32_t heads, uint32_t dim,
+                                      uint32_t block_size, int64_t block, int64_t in_block) {
+  for (uint32_t h = 0; h < heads; ++h, keys += dim) {
+    const int64_t at = (block * heads + h) * dim * block_size + in_block;
+    if (dtype == MS_FLOAT32) {
+      float *to = (float *)plane + at;
+      for (uint32_t i = 0; i < dim; ++i) to[(size_t)i * block_size] = keys[i];
     } else {
-      uint16_t *to = (uint16_t *)k_plane + at, half[16];
-      for (uint32_t i = 0; i < key_dim; i += 16) {
-        const uint32_t rest = key_dim - i < 16 ? key_dim - i : 16;
-        MS_NAME(store_row)(key + i, half, 0, rest, in->dtype);
+      uint16_t *to = (uint16_t *)plane + at, half[16];
+      for (uint32_t i = 0; i < dim; i += 16) {
+        const uint32_t rest = dim - i < 16 ? dim - i : 16;
+        MS_NAME(store_row)(keys + i, half, 0, rest, dtype);
         for (uint32_t j = 0; j < rest; ++j) to[(size_t)(i + j) * block_size] = half[j];
       }
     }
-    const int64_t v_at = (head * block_size + in_block) * value_dim;
-    MS_NAME(store_row)(values + (size_t)h * value_dim, v_plane, v_at, value_dim, in->dtype);
+  }
+}
+
+// One row into the cache.
+static void MS_NAME(kv_write)(const float *keys, const float *values, const MSInstr *in, int32_t place, void *k_plane,
+                              void *v_plane) {
+  const uint32_t heads = in->dims[0], key_dim = in->dims[1], value_dim = in->dims[2], block_size = in->dims[3];
+  const uint32_t k_codec = in->dtype, v_codec = in->inner;
+  if (place < 0) return;
+  const int64_t block = (uint32_t)place / block_size, in_block = (uint32_t)place % block_size;
+  MS_NAME(kv_codec) codec;
+  if (ms_kv_is_float(k_codec)) {
+    MS_NAME(write_float_keys)(keys, k_plane, k_codec, heads, key_dim, block_size, block, in_block);
+  } else {
+    MS_NAME(kv_codec_of)(&codec, k_codec, key_dim, in->imm & 3, MS_KV_K_SEED);
+    MS_NAME(kv_write_codes)(keys, k_plane, &codec, heads, block_size, block, in_block, in->offset, true);
+  }
+  if (ms_kv_is_float(v_codec)) {
+    for (uint32_t h = 0; h < heads; ++h) {
+      const int64_t at = ((block * heads + h) * block_size + in_block) * value_dim;
+      MS_NAME(store_row)(values + (size_t)h * value_dim, v_plane, at, value_dim, v_codec);
+    }
+  } else {
+    MS_NAME(kv_codec_of)(&codec, v_codec, value_dim, in->imm >> 2, MS_KV_V_SEED);
+    MS_NAME(kv_write_codes)(values, v_plane, &codec, heads, block_size, block, in_block, in->row_stride, false);
   }
 }
