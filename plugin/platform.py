@@ -82,12 +82,15 @@ class MetalstepPlatform(Platform):
         from metalstep.plugin.options import parse_options
         from metalstep.plugin.refusals import check_config, no_effect
 
-        options = parse_options(vllm_config.additional_config)
+        cache_dtype = vllm_config.cache_config.cache_dtype
+        options = parse_options(vllm_config.additional_config, cache_dtype)
         check_config(vllm_config)
         parallel = vllm_config.parallel_config
         if parallel.worker_cls == "auto":  # the first time
             if unused := no_effect(vllm_config):
                 logger.info("Without effect, since metalstep compiles its steps itself: %s", ", ".join(unused))
+            for note in options.scheme_notes(cache_dtype):
+                logger.warning("%s", note)
             parallel.worker_cls = WORKER
         share_cores(vllm_config, options)
         if parallel.distributed_executor_backend in (None, "mp"):

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from metalstep.plugin.options import KV_DTYPES, VLLM_ALIASES
+
 BLOCK_SIZE = 16  # metalstep.kv_cache.BLOCK_SIZE
-KV_DTYPES = ("auto", "float16", "bfloat16", "float32")  # float32: where vLLM's own list has it
 LOAD_FORMATS = ("auto", "hf", "safetensors", "mistral", "gguf")
 
 ONE_DEVICE = ("an engine runs on one device", "run several engines with --data-parallel-size")
@@ -82,6 +83,16 @@ def block_size(config: Any) -> Any:
     return config.cache_config.block_size if config.cache_config.block_size % BLOCK_SIZE else None
 
 
+def skip_layers(config: Any) -> Any:
+    """--kv-cache-dtype-skip-layers, beside the first and last layers that vLLM itself puts there for its turboquant dtypes."""
+    layers = config.cache_config.kv_cache_dtype_skip_layers
+    if not layers or config.cache_config.cache_dtype not in VLLM_ALIASES:
+        return layers
+    from vllm.model_executor.layers.quantization.turboquant.config import TurboQuantConfig
+
+    return sorted(set(layers) - set(TurboQuantConfig.get_boundary_skip_layers(config.model_config)))
+
+
 def scheduler(config: Any) -> Any:
     """A scheduler class that is not metalstep's own."""
     chosen = config.scheduler_config.scheduler_cls
@@ -136,8 +147,13 @@ OPTIONS = (
     Option("--kv-offloading-size", field("cache_config.kv_offloading_size"), "the KV cache is in one place", "set --kv-cache-memory-bytes"),
     Option("--kv-transfer-config", part("kv_transfer_config"), "KV caches are not moved between engines"),
     Option("--ec-transfer-config", part("ec_transfer_config"), *TEXT_ALONE),
-    Option("--kv-cache-dtype", field("cache_config.cache_dtype", *KV_DTYPES), "the KV cache is float16 or bfloat16", "choose one of these"),
-    Option("--kv-cache-dtype-skip-layers", any_of("cache_config.kv_cache_dtype_skip_layers"), "all layers have one KV dtype"),
+    Option(
+        "--kv-cache-dtype",
+        field("cache_config.cache_dtype", *KV_DTYPES),
+        "the KV cache is float16, bfloat16 or of a kv_scheme",
+        """choose one of these, or a scheme with --additional-config '{"kv_scheme": "turbo8v4"}'""",
+    ),
+    Option("--kv-cache-dtype-skip-layers", skip_layers, "a scheme says itself what first and last layers are", "set kv_boundary"),
     Option("--kv-sharing-fast-prefill", field("cache_config.kv_sharing_fast_prefill"), "prefill computes every layer"),
     Option("--block-size", block_size, f"blocks have {BLOCK_SIZE} tokens or a multiple", "choose 16, 32 or 64"),
     Option(

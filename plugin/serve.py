@@ -35,8 +35,8 @@ HELP = """usage: metalstep serve MODEL [any option of `vllm serve`]
 
 MODEL is smollm2 (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory or a Hugging Face id of an mlx-lm model. metalstep's own
 options are JSON in --additional-config: {"device": "host|metal|metal-sim|eager", "threads": N, "arithmetic": "int16|int8",
-"batch_invariant": true, "strict": true}. Tool and reasoning parsers are chosen by the chat template where no option says otherwise.
-What follows is vLLM's own help.
+"batch_invariant": true, "strict": true, "kv_scheme": "turbo8v4", ...}; docs/vllm.md has all of them, and the schemes of the KV cache.
+Tool and reasoning parsers are chosen by the chat template where no option says otherwise. What follows is vLLM's own help.
 """
 
 

@@ -9,9 +9,10 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from metalstep.kv_cache import BLOCK_SIZE, CacheGroup
+from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, with_scheme
+from metalstep.kv_scheme import PLAIN
 from metalstep.memory_size import free_memory
-from metalstep.plugin import scheduler
+from metalstep.plugin import engine_errors, kv_pages, scheduler
 from metalstep.plugin.options import parse_options
 from metalstep.plugin.runner import Runner
 from metalstep.served_model import ServedModel
@@ -21,9 +22,6 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import AsyncModelRunnerOutput, ModelRunnerOutput
 
 logger = init_logger("vllm.metalstep.worker")
-# By --kv-cache-dtype; the names are those of refusals.KV_DTYPES.
-KV_DTYPES = {"auto": "float16", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
-DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class MetalstepWorker(WorkerBase):
@@ -33,8 +31,9 @@ class MetalstepWorker(WorkerBase):
     runner: Runner | None = None
 
     def init_device(self) -> None:
+        engine_errors.install()  # again: vLLM sets its loggers up anew in the engine's process
         self.device = torch.device("cpu")
-        self.options = parse_options(self.vllm_config.additional_config)
+        self.options = parse_options(self.vllm_config.additional_config, self.cache_config.cache_dtype)
         self._kv_config: KVCacheConfig | None = None
 
     def load_model(self, *, load_dummy_weights: bool = False) -> None:
@@ -49,28 +48,27 @@ class MetalstepWorker(WorkerBase):
             device=options.device,
             threads=options.threads,
             arithmetic=options.arithmetic,
-            kv_dtype=KV_DTYPES[self.cache_config.cache_dtype],
+            scheme=options.scheme(self.cache_config.cache_dtype),
             batch_invariant=options.batch_invariant,
             strict=options.strict,
         )
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        """Of each part of the layers, as one layer of so many bytes: see kv_pages."""
         assert self.model is not None
-        return {
-            f"layers.{layer}": self._spec(group, layer) for group in self.model.groups for layer in group.layers
-        }
+        groups = self.model.groups
+        self._pages, self._plain_pages = self._divide(groups), self._divide(with_scheme(groups, PLAIN))
+        return {kv_pages.part_name(part): self._spec(part) for part in self._pages.parts}
 
-    def _spec(self, group: CacheGroup, layer: object) -> KVCacheSpec:
-        assert self.model is not None
-        shape = group.layers[layer]
+    def _divide(self, groups: list[CacheGroup]) -> kv_pages.Pages:
+        in_flight = self.scheduler_config.max_num_batched_tokens
+        return kv_pages.divide(groups, context=self.model_config.max_model_len, in_flight=in_flight)
+
+    def _spec(self, part: CacheGroup) -> KVCacheSpec:
         same = dict(
-            block_size=self.cache_config.block_size,
-            num_kv_heads=shape.heads,
-            head_size=shape.key_dim,
-            head_size_v=shape.value_dim,
-            dtype=DTYPES[self.model.kv_dtype],
+            block_size=self.cache_config.block_size, num_kv_heads=1, head_size=self._pages.token_bytes, head_size_v=0, dtype=torch.uint8
         )
-        return FullAttentionSpec(**same) if group.window is None else SlidingWindowSpec(**same, sliding_window=group.window)
+        return FullAttentionSpec(**same) if part.window is None else SlidingWindowSpec(**same, sliding_window=part.window)
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
         return ["LBNHC"]  # the engine has a layout of its own; vLLM wants to hear one that it knows
@@ -116,18 +114,21 @@ class MetalstepWorker(WorkerBase):
             self.runner.resume(session)
 
     def _groups(self, config: KVCacheConfig) -> list[CacheGroup]:
-        """vLLM divides layers into groups of equal size."""
-        assert self.model is not None
-        layers = {f"layers.{layer}": (group.window, layer, shape) for group in self.model.groups for layer, shape in group.layers.items()}
+        """The parts as vLLM has put them together: each alone, except with --disable-hybrid-kv-cache-manager."""
+        parts = {kv_pages.part_name(part): part for part in self._pages.parts}
         groups = []
-        for part in config.kv_cache_groups:
-            members = [layers[name] for name in part.layer_names]
-            groups.append(CacheGroup(members[0][0], {layer: shape for _, layer, shape in members}))
+        for together in ([parts[name] for name in group.layer_names] for group in config.kv_cache_groups):
+            windows = [part.window for part in together]
+            window = None if None in windows else max(window for window in windows if window is not None)
+            groups.append(CacheGroup(window, {layer: shape for part in together for layer, shape in part.layers.items()}))
         return groups
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
         assert self.model is not None
         logger.info("metalstep runs the model: %s", ", ".join(f"{k}={v}" for k, v in self.model.facts().items()))
+        if (cache := self.model.explain_cache()) is not None:
+            for line in kv_pages.cache_lines(cache, self._pages, self._plain_pages):
+                logger.info("%s", line)
         return CompilationTimes(language_model=0.0, encoder=0.0)
 
     def reset_mm_cache(self) -> None:

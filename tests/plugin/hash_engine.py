@@ -125,15 +125,16 @@ def hash_engine(
     monkeypatch: pytest.MonkeyPatch,
     *,
     windowed: bool = False,
+    worker: type[hash_worker.HashWorker] | None = None,
     v2: bool = False,
     **options: Any,
 ) -> Iterator[HashEngine]:
-    """v2: the scheduler's newer way to say that a request comes back. options: vLLM's."""
+    """worker: None: that of a model as `windowed` says. v2: the scheduler's newer way to say that a request comes back. options: vLLM's."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     # vLLM asks for Triton where it is to speak so; what it needs it for is its own model runner.
     monkeypatch.setattr(VllmConfig, "use_v2_model_runner", v2)
     monkeypatch.setattr(VllmConfig, "_validate_v2_model_runner", lambda self: None)
-    worker = hash_worker.WindowedHashWorker if windowed else hash_worker.HashWorker
+    worker = worker or (hash_worker.WindowedHashWorker if windowed else hash_worker.HashWorker)
     given: Mapping[str, Any] = {"max_model_len": 1024, "max_num_seqs": 16, **options}
     llm = LLM(
         model=config_folder(folder, vocab_size=VOCAB),

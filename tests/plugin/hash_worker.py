@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hash_forward import HashForward
 
 from metalstep.kernels.native import NativeDevice
-from metalstep.kv_cache import CacheGroup, LayerShape
+from metalstep.kv_cache import CacheGroup, LayerShape, with_scheme
 from metalstep.native_model import step_sizes
 from metalstep.plan.request_slots import RequestSlots
 from metalstep.plan.step_arrays import StepArrays
@@ -19,9 +19,16 @@ if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
 
 SHAPE = LayerShape(heads=1, key_dim=8, value_dim=8)
+SMOLLM2 = LayerShape(heads=3, key_dim=64, value_dim=64)
+GEMMA3 = LayerShape(heads=1, key_dim=256, value_dim=256)
 GROUPS = {
     "full": [CacheGroup(None, {0: SHAPE, 1: SHAPE})],
     "windowed": [CacheGroup(None, {0: SHAPE, 2: SHAPE}), CacheGroup(48, {1: SHAPE, 3: SHAPE})],
+    "smollm2": [CacheGroup(None, dict.fromkeys(range(30), SMOLLM2))],
+    "gemma3": [
+        CacheGroup(None, {i: GEMMA3 for i in range(26) if i % 6 == 5}),
+        CacheGroup(48, {i: GEMMA3 for i in range(26) if i % 6 != 5}),
+    ],
 }
 
 
@@ -29,7 +36,6 @@ class HashModel:
     """What the worker uses of a ServedModel."""
 
     fallback_reason = None
-    kv_dtype = "float16"
     weight_bytes = 0
 
     def __init__(self, groups: list[CacheGroup], vocab_size: int):
@@ -47,6 +53,9 @@ class HashModel:
 
     def facts(self) -> Mapping[str, object]:
         return {"device": "hash"}
+
+    def explain_cache(self) -> None:
+        """As of eager MLX: there is nothing to say."""
 
     def close(self) -> None:
         self.device.close()
@@ -70,10 +79,23 @@ class HashWorker(MetalstepWorker):
         return super().execute_model(scheduler_output)
 
     def _open(self) -> HashModel:
-        return HashModel(GROUPS[self.layers], self.model_config.get_vocab_size())
+        scheme = self.options.scheme(self.cache_config.cache_dtype)
+        return HashModel(with_scheme(GROUPS[self.layers], scheme), self.model_config.get_vocab_size())
 
 
 class WindowedHashWorker(HashWorker):
     """Of a model half of whose layers see a window of 48 tokens."""
 
     layers = "windowed"
+
+
+class SmolLM2HashWorker(HashWorker):
+    """Of a model with SmolLM2-135M's cache."""
+
+    layers = "smollm2"
+
+
+class Gemma3HashWorker(HashWorker):
+    """Of a model with Gemma 3 1B's cache, but a window of 48 tokens."""
+
+    layers = "gemma3"

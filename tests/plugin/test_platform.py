@@ -15,9 +15,10 @@ from vllm.usage.usage_lib import UsageContext
 
 from metalstep.kernels.linear import ARITHMETIC
 from metalstep.kv_cache import BLOCK_SIZE
+from metalstep.kv_scheme import PLAIN
 from metalstep.model import DEFAULT_DEVICE, DEVICES
 from metalstep.native_model import PREFILL_ROWS
-from metalstep.plugin import compat, models, options, platform, refusals, serve, worker
+from metalstep.plugin import compat, models, options, platform, refusals, serve
 from metalstep.plugin.options import OptionError, PluginOptions, parse_options, threads_of_rank
 
 
@@ -119,7 +120,7 @@ def test_engines_are_spawned_on_a_mac(folder, monkeypatch):
         ({"arithmetic": "int4"}, "arithmetic is 'int4', expected one of int16, int8"),
         ({"strict": "yes"}, "strict is 'yes', expected true or false"),
         ({"model": 1}, "model is 1, expected a path or a name"),
-        ({"kv_scheme": "int4"}, "kv_scheme: a compressed KV cache is not supported yet"),
+        ({"kv_scheme": "int4"}, "kv_scheme is 'int4', expected one of none, affine8, turbo4"),
         ({"device": "metal-sim", "threads": 2}, "threads is 2, expected none on metal-sim"),
         ({"device": "eager", "arithmetic": "int8"}, "arithmetic is 'int8', expected none on eager"),
         ({"device": "eager", "strict": True}, "strict is True, expected none on eager"),
@@ -132,6 +133,7 @@ def test_wrong_options_of_metalsteps_own_are_refused(given, message):
 
 def test_options_have_the_defaults_of_load():
     assert parse_options(None) == PluginOptions(None, None, "int16", False, False, None)
+    assert parse_options(None).scheme() == PLAIN
     assert PluginOptions().resolved_device == DEFAULT_DEVICE
 
 
@@ -147,7 +149,6 @@ def test_what_is_written_down_twice_to_keep_mlx_out_is_the_same():
     assert set(options.ARITHMETIC) == set(ARITHMETIC)
     assert serve.STEP_ROWS == PREFILL_ROWS
     assert refusals.BLOCK_SIZE == BLOCK_SIZE
-    assert set(refusals.KV_DTYPES) == set(worker.KV_DTYPES)
 
 
 def test_the_servers_process_never_loads_mlx(folder):

@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
         ({"model_impl": "transformers"}, "--model-impl transformers: models are mlx-lm's"),
         ({"cpu_offload_gb": 1}, "--cpu-offload-gb 1.0: weights stay where the device computes"),
         ({"kv_offloading_size": 1.0}, "--kv-offloading-size 1.0: the KV cache is in one place"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8: the KV cache is float16 or bfloat16"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8: the KV cache is float16, bfloat16 or of a kv_scheme"),
         ({"kv_sharing_fast_prefill": True}, "--kv-sharing-fast-prefill: prefill computes every layer"),
         ({"block_size": 24}, "--block-size 24: blocks have 16 tokens or a multiple"),
         ({"logits_processors": ["a:B"]}, r"--logits-processors \['a:B'\]: the sampler runs on the device"),
