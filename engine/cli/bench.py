@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from metalstep.cli.bench_kernels import kernels
+from metalstep.cli.bench_kv import kv
 from metalstep.cli.bench_output import emit, print_head
 from metalstep.cli.bench_peers import decode, prefill
 from metalstep.cli.bench_serve import serve
@@ -15,12 +16,13 @@ from metalstep.cli.bench_steps import launches, sampling
 from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import Parser, add_load_options, positive
 
-HELP = """usage: metalstep bench decode|prefill|launches|sampling|quality|kernels|serve [options]
+HELP = """usage: metalstep bench decode|prefill|launches|sampling|kv|quality|kernels|serve [options]
 
   decode    TTFT and decode speed of one sequence or a batch, in turns with mlx-lm and llama.cpp in one run on the same model
   prefill   speed of prompts, likewise
   launches  time of each kind of launch in a decode step, and of Python around it
   sampling  time of a decode step with filters, penalties and logprobs against a greedy one
+  kv        decode speed and time to first token with KV schemes against the plain cache
   quality   KL divergence, top-1 agreement and perplexity against MLX in float32
   kernels   time of the GPU kernels one by one, on shapes of public models
   serve     the HTTP server against batch_generate and, on request, vLLM's own CPU backend
@@ -40,6 +42,7 @@ def main(argv: list[str]) -> int:
         "prefill": prefill,
         "launches": launches,
         "sampling": sampling,
+        "kv": kv,
         "quality": quality,
         "kernels": kernels,
         "serve": serve,
