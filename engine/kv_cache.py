@@ -15,6 +15,7 @@ from metalstep.kv_scheme import KVScheme
 from metalstep.plan.bindings import KVPlanes
 from metalstep.plan.row_compiler import named_inputs
 
+FLOAT16 = KVCodec("float16")
 DTYPES = ("float16", "bfloat16", "float32")  # of what is not encoded
 
 LayerBlocks = tuple[np.ndarray, np.ndarray]  # keys and values, as Plane.read has them
@@ -30,8 +31,8 @@ class LayerShape:
     heads: int
     key_dim: int
     value_dim: int
-    k_codec: KVCodec = KVCodec("float16")
-    v_codec: KVCodec = KVCodec("float16")
+    k_codec: KVCodec = FLOAT16
+    v_codec: KVCodec = FLOAT16
     shiftable: bool = True
 
     @property

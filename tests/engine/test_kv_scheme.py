@@ -42,7 +42,7 @@ def test_boundary_layers_are_affine8_where_bits_are_few_and_layers_many(name, la
 def test_an_unknown_name_lists_the_known_ones(text):
     if text in NAMES or text in VLLM_ALIASES:
         return
-    with pytest.raises(ValueError, match="expected one of none, affine8, turbo4.*turbo8v4.*turboquant_k8v4"):
+    with pytest.raises(ValueError, match=r"expected one of none, affine8, turbo4.*turbo8v4.*turboquant_k8v4"):
         parse(text)
 
 
@@ -92,7 +92,11 @@ def test_others_names_mean_our_schemes():
         for v, v_bits in V_QUANT.items():
             assert alias(True, k, v) == f"turbo{k_bits}v{v_bits}"
     assert alias(True) == "turbo8v3"
-    refused = [((False,), "turboquant is False"), ((True, "q5_0"), "k_quant is 'q5_0', expected one of q8_0"), ((True, None, 3), "v_quant is 3")]
+    refused = [
+        ((False,), "turboquant is False"),
+        ((True, "q5_0"), "k_quant is 'q5_0', expected one of q8_0"),
+        ((True, None, 3), "v_quant is 3"),
+    ]
     for wrong, text in refused:
         with pytest.raises(ValueError, match=text):
             alias(*wrong)

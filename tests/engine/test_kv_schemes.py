@@ -2,6 +2,7 @@
 another cache."""
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import mlx.core as mx
@@ -174,7 +175,7 @@ def test_more_bits_are_nearer_to_floats(wide):
         found[scheme] = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     reference = found.pop("none")
     distances = [float((np.exp(reference) * (reference - other)).sum(-1).mean()) for other in found.values()]
-    assert all(a < b for a, b in zip(distances, distances[1:], strict=False)), distances
+    assert all(a < b for a, b in itertools.pairwise(distances)), distances
     assert 0 < distances[0] < 1e-4
 
 

@@ -34,7 +34,7 @@ def test_logits_are_the_host_devices(directories, name, scheme):
     options = dict(kv_boundary=1) if scheme == "turbo4v2" else {}
     here, there, plain = logits(scheme, device="host", **options), logits(scheme, **options), logits("none", device="host")
     rms = [float(np.sqrt(np.mean((other - here) ** 2))) for other in (there, plain)]
-    assert 0 < rms[1] and rms[0] < 0.5 * rms[1], rms
+    assert rms[1] > 0 and rms[0] < 0.5 * rms[1], rms
 
 
 @pytest.mark.parametrize("scheme", ["turbo4v2", "turbo8v4", "affine8"])
