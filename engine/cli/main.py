@@ -24,6 +24,8 @@ COMMANDS = {  # in the order of the help
     "chat": "metalstep.cli.chat",
     "explain": "metalstep.cli.explain",
     "bench": "metalstep.cli.bench",
+    "eval": "metalstep.cli.eval",
+    "calibrate": "metalstep.cli.calibrate",
     "doctor": "metalstep.cli.doctor",
 }
 USAGE = "usage: metalstep COMMAND [options]\n       metalstep --version | --help"

@@ -89,7 +89,7 @@ def test_cases_are_of_the_kernels_that_plans_launch(rows):
     sizes = bench.shape_sizes(shape, [rows], [1500])
     planned: set[str] = set()
     for invariant in (False, True):  # norms and cache writes are not inside of attention where a row must not depend on its batch
-        options = dict(rows=rows, context=1500, kv_dtype="float16")
+        options = dict(rows=rows, context=1500)
         plan = paper_plan(_captured(shape), ShapeCheckpoint(shape).tensors, GpuTarget(batch_invariant=invariant), **options)
         planned |= {entry.launch.kernel for entry in plan.launches}
     for case in bench.bench_cases(sizes, [op for op in bench.OPS if op != "step_load"]):  # a plan of its own

@@ -90,7 +90,7 @@ def test_version_prints_what_results_depend_on(capsys):
         (["generate", "--image", "a.png", "b.png"], "--image: images are not supported"),
         (["chat"], "the following arguments are required: --model"),
         (["explain"], "the following arguments are required: MODEL"),
-        (["bench", "frobnicate"], "no benchmark 'frobnicate', expected one of decode, prefill, launches, sampling, quality"),
+        (["bench", "frobnicate"], "no benchmark 'frobnicate', expected one of decode, prefill, launches, sampling, kv, quality"),
         (["bench", "decode", "--against", "vllm"], "--against: no peer 'vllm', expected mlx-lm or llama.cpp"),
         (["bench", "decode", "--context", "64,x"], "argument --context: 'x' is not an integer above 0"),
         (["bench", "quality", "--device", "eager"], "--device eager compares MLX with itself"),

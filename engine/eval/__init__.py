@@ -1,0 +1,1 @@
+"""What a choice costs in quality, measured on a text: `metalstep eval`."""
