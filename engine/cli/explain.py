@@ -135,7 +135,9 @@ def describe(plan: dict[str, Any], every: bool = False) -> list[str]:
 
 
 def cache_lines(kv: dict[str, Any]) -> list[str]:
-    """The KV cache's encoding: bytes per token, what that gains, and which layers have which codecs."""
+    """The KV cache's encoding where it has one: bytes per token, what that gains, and which layers have which codecs."""
+    if kv["scheme"] == "none":
+        return []
     runs: list[list[Any]] = []  # first layer, last layer, what they have
     for entry in kv["layers"]:
         kind = (entry["keys"], entry["values"], entry["bytes_per_token"])
@@ -145,8 +147,6 @@ def cache_lines(kv: dict[str, Any]) -> list[str]:
             runs.append([entry["layer"], entry["layer"], kind])
     centred = f", keys of {counted(kv['centred_layers'], 'layer')} centred" if kv["centred_layers"] else ""
     lines = [f"KV cache            {kv['effective']}{centred}: {kv['capacity']:.2f}x the tokens of float16 in the same memory"]
-    if kv["scheme"] == "none":
-        return lines
     return lines + [
         f"  layers {first} to {last}: keys {keys}, values {values}, {nbytes:,} bytes per token each"
         for first, last, (keys, values, nbytes) in runs

@@ -31,7 +31,7 @@ def test_help_ends_with_examples(capsys, name):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["frobnicate"], "no benchmark 'frobnicate', expected one of decode, prefill, launches, sampling, quality"),
+        (["frobnicate"], "no benchmark 'frobnicate', expected one of decode, prefill, launches, sampling, kv, quality"),
         (["decode", "--against", "vllm"], "--against: no peer 'vllm', expected mlx-lm or llama.cpp"),
         (["prefill", "--against", "vllm"], "--against: no peer 'vllm', expected mlx-lm or llama.cpp"),
         (["decode", "--batch", "0"], "argument --batch: '0' is not an integer above 0"),

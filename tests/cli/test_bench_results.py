@@ -37,6 +37,12 @@ PLAN = {
     "barriers_per_token": 1,
     "weight_bytes_per_token": 4096,
     "kv_bytes_per_token": 256,
+    "kv": {
+        "scheme": "turbo4", "effective": "turbo4, 1+1 layers affine8", "bytes_per_token": 376, "float16_bytes_per_token": 1024,
+        "capacity": 1024 / 376, "centred_layers": 4,
+        "layers": [{"layer": i, "keys": c, "values": c, "bytes_per_token": n}
+                   for i, (c, n) in enumerate([("affine8", 136), ("turbo4", 68), ("turbo4", 68), ("affine8", 136)])],
+    },
     "arena_bytes": 512,
     "max_context": 128,
     "launches": [LAUNCH, {**LAUNCH, "barrier": False}],
@@ -185,6 +191,10 @@ def test_a_plan_in_lines():
     assert "     2  linear " in text
     assert len(describe(PLAN, every=True)) == len(describe(PLAN)) + 1
     assert operations(LAUNCH) == "rms_norm linear×2"
+    assert "turbo4, 1+1 layers affine8, keys of 4 layers centred: 2.72x the tokens of float16" in text
+    assert "layers 0 to 0: keys affine8" in text and "layers 1 to 2: keys turbo4, values turbo4, 68 bytes per token each" in text
+    plain = {**PLAN, "kv": {**PLAN["kv"], "scheme": "none"}}
+    assert not any("the tokens of float16" in line for line in describe(plain))
 
 
 def test_an_eager_model_says_why():
