@@ -1,6 +1,7 @@
 """What a plan does, as data: launches, what each replaced, barriers and bytes; on paper also what a chip would take, predicted."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from metalstep.capture import CaptureError, capture
@@ -55,6 +56,17 @@ def explain_cache(scheme: KVScheme, groups: list[CacheGroup], centred: int = 0) 
         "centred_layers": centred,
         "layers": layers,
     }
+
+
+def codec_runs(kv: Mapping[str, Any]) -> list[str]:
+    """Neighbouring layers with the same codecs in one text each. kv: explain_cache's."""
+    runs: list[tuple[list[object], str]] = []
+    for entry in kv["layers"]:
+        codecs = f"keys {entry['keys']}, values {entry['values']}"
+        if not runs or runs[-1][1] != codecs:
+            runs.append(([], codecs))
+        runs[-1][0].append(entry["layer"])
+    return [f"layers {layers[0]} to {layers[-1]}: {codecs}" for layers, codecs in runs]
 
 
 def explain_on_paper(

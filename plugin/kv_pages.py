@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from metalstep.explain import codec_runs
 from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, LayerShape
 
 Counts = Counter[LayerShape]  # layers by what they store
@@ -81,17 +82,9 @@ def part_name(part: CacheGroup) -> str:
 
 def cache_lines(cache: dict[str, Any], pages: Pages, plain: Pages) -> list[str]:
     """For the log: what explain_cache says, and what the pages are. plain: those that float16 would have."""
-    runs: list[tuple[object, object, tuple[str, str]]] = []  # first and last layer of those with the same codecs
-    for entry in cache["layers"]:
-        codecs = entry["keys"], entry["values"]
-        if runs and runs[-1][2] == codecs:
-            runs[-1] = runs[-1][0], entry["layer"], codecs
-        else:
-            runs.append((entry["layer"], entry["layer"], codecs))
-    said = "; ".join(f"layers {first} to {last}: keys {keys}, values {values}" for first, last, (keys, values) in runs)
     lines = [
         f"KV cache {cache['effective']}: {cache['bytes_per_token']:,} bytes per token, {cache['capacity']:.2f} times the tokens of float16 "
-        f"({said})"
+        f"({'; '.join(codec_runs(cache))})"
     ]
     if cache["scheme"] != "none" and cache["keys_can_be_centred"]:
         layers = cache["centred_layers"]

@@ -11,6 +11,7 @@ from typing import Any
 from metalstep.chips import CHIPS, find_chip
 from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import Parser, add_load_options, counted, load_model, positive, scheme_options
+from metalstep.explain import codec_runs
 from metalstep.kv_scheme import parse
 
 MIB = 1 << 20
@@ -135,22 +136,12 @@ def describe(plan: dict[str, Any], every: bool = False) -> list[str]:
 
 
 def cache_lines(kv: dict[str, Any]) -> list[str]:
-    """The KV cache's encoding where it has one: bytes per token, what that gains, and which layers have which codecs."""
+    """The KV cache's encoding where it has one: what it gains, and which layers have which codecs."""
     if kv["scheme"] == "none":
         return []
-    runs: list[list[Any]] = []  # first layer, last layer, what they have
-    for entry in kv["layers"]:
-        kind = (entry["keys"], entry["values"], entry["bytes_per_token"])
-        if runs and runs[-1][2] == kind:
-            runs[-1][1] = entry["layer"]
-        else:
-            runs.append([entry["layer"], entry["layer"], kind])
     centred = f", keys of {counted(kv['centred_layers'], 'layer')} centred" if kv["centred_layers"] else ""
-    lines = [f"KV cache            {kv['effective']}{centred}: {kv['capacity']:.2f}x the tokens of float16 in the same memory"]
-    return lines + [
-        f"  layers {first} to {last}: keys {keys}, values {values}, {nbytes:,} bytes per token each"
-        for first, last, (keys, values, nbytes) in runs
-    ]
+    gained = f"{kv['capacity']:.2f}x the tokens of float16 in the same memory"
+    return [f"KV cache            {kv['effective']}{centred}: {gained}", *(f"  {run}" for run in codec_runs(kv))]
 
 
 def paper_totals(plan: dict[str, Any]) -> list[str]:

@@ -192,7 +192,7 @@ def test_a_plan_in_lines():
     assert len(describe(PLAN, every=True)) == len(describe(PLAN)) + 1
     assert operations(LAUNCH) == "rms_norm linear×2"
     assert "turbo4, 1+1 layers affine8, keys of 4 layers centred: 2.72x the tokens of float16" in text
-    assert "layers 0 to 0: keys affine8" in text and "layers 1 to 2: keys turbo4, values turbo4, 68 bytes per token each" in text
+    assert "layers 0 to 0: keys affine8" in text and "layers 1 to 2: keys turbo4, values turbo4" in text
     plain = {**PLAN, "kv": {**PLAN["kv"], "scheme": "none"}}
     assert not any("the tokens of float16" in line for line in describe(plain))
 
