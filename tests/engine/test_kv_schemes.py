@@ -23,7 +23,7 @@ from metalstep.models.cache import load_prompt_cache, make_prompt_cache, save_pr
 from metalstep.scheduler import GroupSpec, KVBlocks, Sequence
 
 NO_SHRINKING = (Phase.explicit, Phase.generate)  # an example takes seconds
-SCHEMES = ["turbo4v2", "turbo8v4", "turbo0v3"]
+SCHEMES = ["turbo4v2", "turbo8v4"]
 POISON = 90  # a token that no text has
 TEXT = [(7 * i + 3) % (POISON - 3) + 3 for i in range(200)]
 COUNT = 14
