@@ -19,6 +19,7 @@ from metalstep.cache_folder import cache_folder
 from metalstep.packaged_models import PACKAGED, packaged_file
 
 FILE = "kv_key_means.safetensors"
+BEGINNING = 1 << 20  # bytes of a packaged model's file that tell it from others
 AGAIN = "run `metalstep calibrate` again for this model, or load with kv_key_center='off'"
 Means = dict[object, np.ndarray]  # layer: float32 [kv_heads, key_dim]
 
@@ -34,8 +35,13 @@ def beside(model: str | os.PathLike[str]) -> Path:
 
 
 def in_cache(model: str | os.PathLike[str]) -> Path:
-    """Where it lies if not beside the model. The name changes with what the model's files are: path, size, time of their last change."""
+    """Where it lies if not beside the model. The name changes with what the model's files are: path, size, time of their last change; of a
+    packaged model, which is installed once per environment, size and beginning."""
     path = Path(model).resolve()
+    if _is_packaged(path):
+        with path.open("rb") as file:
+            identity = hashlib.sha256(f"{path.stat().st_size}\n".encode() + file.read(BEGINNING)).hexdigest()[:16]
+        return cache_folder() / "key_means" / f"{path.stem}-{identity}.{FILE}"
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     parts = [str(path), *(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}" for file in files if file.name != FILE)]
     identity = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

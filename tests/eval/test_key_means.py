@@ -74,6 +74,18 @@ def test_of_a_packaged_model_it_lies_in_the_cache_folder():
     assert not key_means.beside(model).exists()
 
 
+def test_a_packaged_model_of_another_environment_finds_them_too(tmp_path, monkeypatch):
+    here = packaged_file("smollm2")
+    saved = key_means.save(here, means_of(), ABOUT)
+    there = tmp_path / "site-packages" / here.name
+    there.parent.mkdir()
+    there.write_bytes(here.read_bytes())
+    monkeypatch.setattr("metalstep.key_means.packaged_file", lambda _: there)
+    assert key_means.find(there) == saved
+    there.write_bytes(here.read_bytes()[:-1])
+    assert key_means.find(there) is None
+
+
 def test_another_file_in_the_models_place_does_not_find_the_old_ones_means(model):
     key_means.beside(model).mkdir()
     key_means.save(model, means_of(), ABOUT)
