@@ -49,7 +49,7 @@ def explain_cache(scheme: KVScheme, groups: list[CacheGroup], centred: int = 0) 
     total = sum(shape.token_bytes for shape in shapes.values())
     return {
         "scheme": scheme.name,
-        "effective": scheme.describe(),
+        "effective": scheme.describe(len(layers)),
         "bytes_per_token": total,
         "float16_bytes_per_token": plain,
         "capacity": plain / total,

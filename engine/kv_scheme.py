@@ -50,18 +50,22 @@ class KVScheme:
 
     def layer_codecs(self, layers: int) -> list[Codecs]:
         """Codecs of each of `layers` layers that have a KV cache, in the model's order."""
-        own, edge = (self.k, self.v), (KVCodec("affine8"), KVCodec("affine8"))
-        if not self.boundary or layers < 4 * self.boundary:
-            return [own] * layers
-        return [edge if i < self.boundary or i >= layers - self.boundary else own for i in range(layers)]
+        own, edge, edges = (self.k, self.v), (KVCodec("affine8"), KVCodec("affine8")), self._edges(layers)
+        return [edge if i < edges or i >= layers - edges else own for i in range(layers)]
 
-    def describe(self) -> str:
-        """The options that are not the defaults, and what the codecs are."""
+    def _edges(self, layers: int) -> int:
+        """Boundary layers at either end of so many."""
+        return self.boundary if layers >= 4 * self.boundary else 0
+
+    def describe(self, layers: int) -> str:
+        """In words, of a model with so many layers that have a KV cache: the name, and options that are not the defaults."""
         words = [self.name] if self.name != "none" else [self.k.name]
         for which, codec in (("keys", self.k), ("values", self.v)):
             words += [f"{which} {codec.scale}"] if codec.scale != "matched" else []
         words += ["float32 norms"] if "float32" in (self.k.norm_dtype, self.v.norm_dtype) and self.compressed else []
-        words += [f"{self.boundary}+{self.boundary} layers affine8"] if self.boundary else []
+        words += [f"{self.k.name} keys"] if self.compressed and self.k.is_float and self.k.name != "float16" else []
+        edges = self._edges(layers)
+        words += [f"{edges}+{edges} layers affine8"] if edges else []
         return ", ".join(words)
 
 

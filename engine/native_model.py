@@ -87,7 +87,7 @@ class NativeModel:
         self.scheme = scheme
         self.groups = with_scheme(groups, scheme)
         self.key_means = _key_means(checkpoint, groups) if scheme.centers else {}
-        self.encoding = _encoding(scheme, self.key_means)  # what the cache's contents depend on besides the tokens; "" for floats
+        self.encoding = _encoding(scheme, groups, self.key_means)  # what the cache's contents depend on besides the tokens; "" for floats
         self.vocab_size = row_size(self._graph.outputs[0])
 
     def allocate(
@@ -240,10 +240,11 @@ def _key_means(checkpoint: Checkpoint, groups: list[CacheGroup]) -> key_means.Me
     return {layer: mean for layer, mean in means.items() if shapes[layer].shiftable}
 
 
-def _encoding(scheme: KVScheme, means: key_means.Means) -> str:
+def _encoding(scheme: KVScheme, groups: list[CacheGroup], means: key_means.Means) -> str:
     if not scheme.compressed:
         return ""
-    return scheme.describe() + (f", keys less the means {key_means.fingerprint(means)}" if means else "")
+    text = scheme.describe(sum(len(group.layers) for group in groups))
+    return text + (f", keys less the means {key_means.fingerprint(means)}" if means else "")
 
 
 def step_sizes(seqs: int, groups: int, context: int, vocab_size: int, *, hidden_size: int = 1) -> StepSizes:

@@ -145,7 +145,7 @@ class ServedModel:
             "device": info.name,
             **({"isa": info.isa, "threads": info.threads} if info.isa else {}),
             "launches_per_step": len(self._native.decode_plan.launches),
-            "kv_scheme": self.scheme.describe(),
+            "kv_scheme": self.scheme.describe(sum(len(group.layers) for group in self.groups)),
             "kv_bytes_per_token": self.kv_bytes_per_token,
             **self._native.target.facts(),
         }

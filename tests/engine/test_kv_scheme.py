@@ -81,8 +81,10 @@ def test_options_reach_the_codecs():
     assert parse("turbo3", kv_scale="raw") == parse("turbo3", kv_scale="raw,raw") == parse("turbo3", kv_scale=["raw", "raw"])
     assert parse("turbo0v4", kv_dtype="bfloat16").k == KVCodec("bfloat16")
     assert not scheme.centers and parse("turbo4v2").centers and not parse("turbo0v4").centers
-    assert scheme.describe() == "turbo4v2, values unbiased, float32 norms"
-    assert parse("turbo4v2").describe() == "turbo4v2, 2+2 layers affine8"
+    assert scheme.describe(30) == "turbo4v2, values unbiased, float32 norms"
+    assert parse("turbo4v2").describe(8) == "turbo4v2, 2+2 layers affine8"
+    assert parse("turbo4v2").describe(7) == "turbo4v2"  # too few layers for any to be stored otherwise
+    assert parse("turbo0v4", kv_dtype="bfloat16").describe(7) == "turbo0v4, bfloat16 keys"
 
 
 def test_others_names_mean_our_schemes():

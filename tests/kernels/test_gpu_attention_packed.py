@@ -9,6 +9,7 @@ from gpu_attention_layer import KEY_ERROR, Layer
 from gpu_harness import GpuHarness
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_gpu_attention import OTHER_TUNING
 
 from metalstep.kernels import kv_codec, turboquant
 from metalstep.kernels.gpu import attention
@@ -262,15 +263,6 @@ def test_the_order_of_threads_does_not_matter(h, monkeypatch, variant):
         results.append(cache.attend(q, rows, variant=variant, **pieces(variant, 2, 48)))
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
-
-
-OTHER_TUNING = [
-    ("decode", dict(registers=256, positions=1, simdgroups=2)),
-    ("decode", dict(registers=16, positions=3, simdgroups=4, merged_bytes=512)),
-    ("mixed", dict(matrix_rows=64, tiles=2, runs=1)),
-    ("mixed", dict(matrix_rows=16, tiles=2, long_positions=8, elements=32, runs=2)),
-    ("mixed", dict(matrix_rows=8, long_positions=32, runs=3)),
-]
 
 
 @pytest.mark.parametrize("variant, changes", OTHER_TUNING)
