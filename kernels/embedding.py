@@ -34,8 +34,8 @@ def emit(
     """The row of this row's token.
 
     slot: the packed table, described as an MSLinearPart describes a weight; on a GPU its words or dense elements, with the slots of its
-    scales and biases. embeddings_slot: float32 [any, width], what a token t < 0 reads row -(t + 1) of; that it has this row is the
-    caller's duty. A token from `vocab` on is NaN.
+    scales and biases, as far as it has them. embeddings_slot: float32 [any, width], what a token t < 0 reads row -(t + 1) of; that it
+    has this row is the caller's duty. A token from `vocab` on is NaN.
     """
     out = program.register(width)
     dims = [bits, group_size, dtype, vocab]

@@ -1,8 +1,9 @@
 """Linear: epilogue(x · Wᵀ) for one or several weights that read the same x, in one launch.
 
-Weights are affine-quantised (2, 3, 4, 5, 6, 8 bits; groups of 32, 64, 128 along k) or dense (float16, bfloat16, float32), packed
-into panels of 16 rows when the model is loaded. The host device's arithmetic is near-exact by default: activations as 16-bit
-integers with a scale per row and group.
+Weights are affine-quantised (1, 2, 3, 4, 5, 6, 8 bits; groups of 32, 64, 128 along k), floats of 4 or 8 bits with a scale of a byte
+per group (mxfp4, nvfp4, mxfp8) or dense (float16, bfloat16, float32), packed into panels of 16 rows when the model is loaded. The host
+device's arithmetic is near-exact by default: activations as 16-bit integers with a scale per row and group; of dense weights and
+8-bit floats it is float32.
 """
 from __future__ import annotations
 
@@ -18,6 +19,11 @@ from metalstep.kernels.step import StepBuffers
 
 PANEL = 16  # rows of a weight in a panel
 THREADS = 256
+FLOATS = {  # MLX's modes of floats: bits, group size and ms_dtype of scales, by which a weight is told from others
+    "mxfp4": (4, 32, params.MS_E8M0),
+    "nvfp4": (4, 16, params.MS_E4M3),
+    "mxfp8": (8, 32, params.MS_E8M0),
+}
 ARITHMETIC = {"int16": params.MS_ARITHMETIC_INT16, "int8": params.MS_ARITHMETIC_INT8}
 
 
@@ -27,7 +33,7 @@ class PackedWeight:
     scales and biases, or of the dense elements.
 
     buffer: on the host device all of it in panels; on a GPU the words [n, k * bits / 32] as MLX has them (or the dense elements
-    [n, k]), with scales and biases [n, k / group_size] of their own.
+    [n, k]), with scales and biases [n, k / group_size] of their own; weights of FLOATS have no biases.
     """
 
     buffer: Buffer
@@ -73,9 +79,20 @@ class Segment:
     epilogue: Program
 
 
-def reference(x: mx.array, weight: mx.array, bits: int, group_size: int, scales: mx.array | None, biases: mx.array | None) -> mx.array:
-    """x [rows, k] float32 times the dequantised weight [n, k], in float32; `bits` 16 or 32 means a dense weight."""
-    if bits < 16:
+def reference(
+    x: mx.array,
+    weight: mx.array,
+    bits: int,
+    group_size: int,
+    scales: mx.array | None,
+    biases: mx.array | None,
+    mode: str = "affine",
+) -> mx.array:
+    """x [rows, k] float32 times the dequantised weight [n, k], in float32; `bits` 16 or 32 means a dense weight. mode: MLX's."""
+    if mode != "affine":
+        assert scales is not None
+        weight = mx.dequantize(weight, scales, group_size=group_size, bits=bits, mode=mode, dtype=mx.float32)
+    elif bits < 16:
         assert scales is not None and biases is not None
         scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
         weight = mx.dequantize(weight, scales, biases, group_size=group_size, bits=bits)

@@ -1,6 +1,7 @@
 // Weights of a linear as MLX stores them, read in chunks of C values along k by one lane.
 #ifndef METALSTEP_LINEAR_WEIGHTS_H
 #define METALSTEP_LINEAR_WEIGHTS_H
+#include "floats.h"
 
 // [n, k] affine: value i of a row is bits [i * BITS, (i + 1) * BITS) of its words, times a scale plus a bias per GROUP
 // values. Rows and words start at multiples of ALIGN words (1, 2 or 4), which reads of several words at once need.
@@ -9,6 +10,13 @@ struct ms_affine {
   device const uint* words;  // [n, k * BITS / 32]
   device const T* scales;    // [n, k / GROUP]
   device const T* biases;    // [n, k / GROUP]
+};
+
+// [n, k] floats of BITS bits, where ms_affine has integers, times a scale per GROUP values.
+template <int BITS, int GROUP, int ALIGN>
+struct ms_floats {
+  device const uint* words;    // [n, k * BITS / 32]
+  device const uchar* scales;  // [n, k / GROUP]
 };
 
 // [n, k] elements; rows start at multiples of ALIGN elements (1 or 4).
@@ -30,6 +38,12 @@ struct ms_affine_chunk {
   float scale;
   float bias;
 };
+template <int BITS, int C>
+struct ms_floats_chunk {
+  static_assert(C * BITS % 32 == 0 && 32 % C == 0, "a chunk is whole words of one group");
+  uint words[C * BITS / 32];
+  float scale;
+};
 template <int C>
 struct ms_dense_chunk {
   static_assert(C % 4 == 0, "elements are read by fours");
@@ -42,6 +56,11 @@ struct ms_chunk_of;
 template <int BITS, int GROUP, typename T, int ALIGN, int C>
 struct ms_chunk_of<ms_affine<BITS, GROUP, T, ALIGN>, C> {
   typedef ms_affine_chunk<BITS, C> type;
+};
+template <int BITS, int GROUP, int ALIGN, int C>
+struct ms_chunk_of<ms_floats<BITS, GROUP, ALIGN>, C> {
+  static_assert(GROUP % C == 0, "a chunk has one scale");
+  typedef ms_floats_chunk<BITS, C> type;
 };
 template <typename T, int ALIGN, int C>
 struct ms_chunk_of<ms_dense<T, ALIGN>, C> {
@@ -73,42 +92,64 @@ inline ms_affine<BITS, GROUP, T, ALIGN> ms_from_row(ms_affine<BITS, GROUP, T, AL
   w.biases += ulong(row) * (k / GROUP);
   return w;
 }
+template <int BITS, int GROUP, int ALIGN>
+inline ms_floats<BITS, GROUP, ALIGN> ms_from_row(ms_floats<BITS, GROUP, ALIGN> w, uint row, uint k) {
+  w.words += ulong(row) * (k / 8 * BITS / 4);
+  w.scales += ulong(row) * (k / GROUP);
+  return w;
+}
 template <typename T, int ALIGN>
 inline ms_dense<T, ALIGN> ms_from_row(ms_dense<T, ALIGN> w, uint row, uint k) {
   w.elements += ulong(row) * k;
   return w;
 }
 
+// WORDS words from p, at a multiple of ALIGN words.
+template <int WORDS, int ALIGN>
+inline void ms_read_words(thread uint* to, device const uint* p) {
+  constexpr int WIDE = ALIGN >= 4 && WORDS % 4 == 0 ? 4 : ALIGN >= 2 && WORDS % 2 == 0 ? 2 : 1;
+  if (WIDE == 4) {
+    MS_UNROLL for (int i = 0; i < WORDS / 4; i++) {
+      const vec<uint, 4> v = ((device const vec<uint, 4>*)p)[i];
+      to[4 * i] = v.x;
+      to[4 * i + 1] = v.y;
+      to[4 * i + 2] = v.z;
+      to[4 * i + 3] = v.w;
+    }
+  } else if (WIDE == 2) {
+    MS_UNROLL for (int i = 0; i < WORDS / 2; i++) {
+      const vec<uint, 2> v = ((device const vec<uint, 2>*)p)[i];
+      to[2 * i] = v.x;
+      to[2 * i + 1] = v.y;
+    }
+  } else {
+    MS_UNROLL for (int i = 0; i < WORDS; i++) to[i] = p[i];
+  }
+}
+
 // The chunk at element `at` of the weight, where the row has `left` elements more; what lies behind them is 0.
 template <int BITS, int GROUP, typename T, int ALIGN, int C>
 inline void ms_read(thread ms_affine_chunk<BITS, C>& to, ms_affine<BITS, GROUP, T, ALIGN> w, uint at, int left) {
   constexpr int WORDS = C * BITS / 32;
-  constexpr int WIDE = ALIGN >= 4 && WORDS % 4 == 0 ? 4 : ALIGN >= 2 && WORDS % 2 == 0 ? 2 : 1;
   if (left <= 0) {
     MS_UNROLL for (int i = 0; i < WORDS; i++) to.words[i] = 0;
     to.scale = to.bias = 0.0f;
     return;
   }
-  device const uint* p = w.words + at / C * WORDS;
-  if (WIDE == 4) {
-    MS_UNROLL for (int i = 0; i < WORDS / 4; i++) {
-      const vec<uint, 4> v = ((device const vec<uint, 4>*)p)[i];
-      to.words[4 * i] = v.x;
-      to.words[4 * i + 1] = v.y;
-      to.words[4 * i + 2] = v.z;
-      to.words[4 * i + 3] = v.w;
-    }
-  } else if (WIDE == 2) {
-    MS_UNROLL for (int i = 0; i < WORDS / 2; i++) {
-      const vec<uint, 2> v = ((device const vec<uint, 2>*)p)[i];
-      to.words[2 * i] = v.x;
-      to.words[2 * i + 1] = v.y;
-    }
-  } else {
-    MS_UNROLL for (int i = 0; i < WORDS; i++) to.words[i] = p[i];
-  }
+  ms_read_words<WORDS, ALIGN>(to.words, w.words + at / C * WORDS);
   to.scale = float(w.scales[at / GROUP]);
   to.bias = float(w.biases[at / GROUP]);
+}
+template <int BITS, int GROUP, int ALIGN, int C>
+inline void ms_read(thread ms_floats_chunk<BITS, C>& to, ms_floats<BITS, GROUP, ALIGN> w, uint at, int left) {
+  constexpr int WORDS = C * BITS / 32;
+  if (left <= 0) {
+    MS_UNROLL for (int i = 0; i < WORDS; i++) to.words[i] = 0;
+    to.scale = 0.0f;
+    return;
+  }
+  ms_read_words<WORDS, ALIGN>(to.words, w.words + at / C * WORDS);
+  to.scale = ms_from_scale<GROUP>(w.scales[at / GROUP]);
 }
 template <typename T, int ALIGN, int C>
 inline void ms_read(thread ms_dense_chunk<C>& to, ms_dense<T, ALIGN> w, uint at, int left) {
@@ -130,6 +171,10 @@ inline float ms_unscaled(thread const ms_affine_chunk<BITS, C>& chunk, int i) {
   if (shift + BITS > 32) v |= chunk.words[min(word + 1, C * BITS / 32 - 1)] << (32 - shift);
   return float(v & ((1u << BITS) - 1));
 }
+template <int BITS, int C>
+inline float ms_unscaled(thread const ms_floats_chunk<BITS, C>& chunk, int i) {
+  return ms_from_bits<BITS>(chunk.words[i * BITS / 32] >> i * BITS % 32 & ((1u << BITS) - 1));
+}
 template <int C>
 inline float ms_unscaled(thread const ms_dense_chunk<C>& chunk, int i) {
   return chunk.elements[i];
@@ -140,6 +185,10 @@ template <int BITS, int C>
 inline float ms_value(thread const ms_affine_chunk<BITS, C>& chunk, int i) {
   return fma(ms_unscaled(chunk, i), chunk.scale, chunk.bias);
 }
+template <int BITS, int C>
+inline float ms_value(thread const ms_floats_chunk<BITS, C>& chunk, int i) {
+  return ms_unscaled(chunk, i) * chunk.scale;
+}
 template <int C>
 inline float ms_value(thread const ms_dense_chunk<C>& chunk, int i) {
   return chunk.elements[i];
@@ -149,6 +198,10 @@ inline float ms_value(thread const ms_dense_chunk<C>& chunk, int i) {
 template <int BITS, int C>
 inline float ms_add(thread const ms_affine_chunk<BITS, C>& chunk, float dot, float total, float sum) {
   return fma(chunk.scale, dot, fma(chunk.bias, total, sum));
+}
+template <int BITS, int C>
+inline float ms_add(thread const ms_floats_chunk<BITS, C>& chunk, float dot, float, float sum) {
+  return fma(chunk.scale, dot, sum);
 }
 template <int C>
 inline float ms_add(thread const ms_dense_chunk<C>&, float dot, float, float sum) {

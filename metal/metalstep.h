@@ -48,16 +48,17 @@ enum ms_weight_format {
   MS_WEIGHT_GGUF_Q4_0 = 2,
   MS_WEIGHT_GGUF_Q4_1 = 3,
   MS_WEIGHT_GGUF_Q8_0 = 4,
+  MS_WEIGHT_FLOATS = 5,  // MLX's mxfp4, nvfp4, mxfp8: data uint32 [n, k*bits/32], scales uint8 [n, k/group_size]
 };
 
 typedef struct {
   uint32_t format;      // ms_weight_format
   uint32_t n, k;
-  uint32_t bits;        // affine: 2, 3, 4, 5, 6, 8; GGUF: of the result (4 or 8)
-  uint32_t group_size;  // affine: 32, 64, 128; GGUF: 32
+  uint32_t bits;        // affine: 1, 2, 3, 4, 5, 6, 8; floats: 4, 8; GGUF: of the result (4 or 8)
+  uint32_t group_size;  // affine: 32, 64, 128; floats: 32 (MS_E8M0), 16 (MS_E4M3); GGUF: 32
   uint32_t dtype;       // ms_dtype of dense data, or of scales and biases (GGUF: MS_FLOAT16)
   const void *data;
-  const void *scales;   // affine only
+  const void *scales;   // affine and floats
   const void *biases;   // affine only
   const int32_t *row_order;  // result row i is source row row_order[i]; NULL: as stored
 } MSWeightSource;

@@ -14,6 +14,9 @@ enum ms_dtype {
   MS_FLOAT16 = 1,
   MS_BFLOAT16 = 2,
   MS_INT32 = 3,
+  // A weight's scales alone, a byte each. Its elements are floats then, of 4 bits (e2m1) or 8 (e4m3), and it has no biases.
+  MS_E8M0 = 4,  // 2^(byte - 127); 255 is infinity, as in MLX
+  MS_E4M3 = 5,  // a sign, 4 bits of exponent, 3 of mantissa; 127 and 255 are NaN
 };
 
 // Which count of the step a launch runs over.
@@ -185,8 +188,8 @@ enum ms_arithmetic {
 typedef struct {
   uint32_t slot;        // packed panels (ms_weight_pack)
   uint32_t n;           // outputs
-  uint32_t bits;        // 2, 3, 4, 5, 6, 8: affine; 16, 32: dense
-  uint32_t group_size;  // 32, 64, 128; 0 when dense
+  uint32_t bits;        // 1, 2, 3, 4, 5, 6, 8: affine; 16, 32: dense; 4 and 8 are floats where dtype is MS_E8M0, 4 where it is MS_E4M3
+  uint32_t group_size;  // 32, 64, 128; MS_E8M0: 32, MS_E4M3: 16; 0 when dense
   uint32_t dtype;       // ms_dtype of scales and biases, or of the dense weight
 } MSLinearPart;
 
@@ -440,5 +443,31 @@ typedef struct {
   uint32_t hidden_size;
   float eps;  // added to the mean square
 } AddRMSNormParams;
+
+// ---- limits: what a device reads or computes at most, for benchmarks ----------------------------------------------------
+enum ms_limit {
+  MS_LIMIT_READ = 0,       // each thread its share of the words; its result is their sum, modulo 2^32
+  MS_LIMIT_FMA = 1,        // float32 multiply-adds
+  MS_LIMIT_DOT_INT16 = 2,  // the products of quantised linears
+  MS_LIMIT_DOT_INT8 = 3,
+};
+
+enum {
+  MS_LIMITS_MACS = 15360,           // multiply-adds of a thread in a round: whole steps in vectors of any length
+  MS_LIMITS_OPERANDS = 4096,        // words that dot products read, as small as the first-level cache
+  MS_LIMITS_MAX_ROUNDS = 0x100000,
+};
+
+typedef struct {
+  uint32_t kind;     // ms_limit
+  uint32_t words;    // uint32 elements of the input
+  uint32_t rounds;   // how often the words are read, or MS_LIMITS_MACS computed by each thread
+  uint32_t results;  // uint32 elements of the output: one per thread, at least
+} MSLimitsParams;
+
+enum ms_limits_slot {
+  MS_LIMITS_IN = 0,
+  MS_LIMITS_OUT = 1,
+};
 
 #endif

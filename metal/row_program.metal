@@ -6,6 +6,7 @@ using namespace metal;
 #include "params.h"
 #include "expressions.h"
 #include "kv_codec.h"
+#include "floats.h"
 
 // ---- totals over the threads of a span ------------------------------------------------------------------------------
 // An operation has the numbers that it works on, from an element (of) and back (value), what changes none of them, a
@@ -96,4 +97,10 @@ inline uint ms_packed_element(device const uint* words, uint i) {
 template <uint BITS, uint GROUP, typename T>
 inline float ms_affine_element(device const uint* words, device const T* scales, device const T* biases, uint i) {
   return fma(float(ms_packed_element<BITS>(words, i)), float(scales[i / GROUP]), float(biases[i / GROUP]));
+}
+
+// Floats of 4 or 8 bits times scales of a byte: exact.
+template <uint BITS, uint GROUP>
+inline float ms_floats_element(device const uint* words, device const uchar* scales, uint i) {
+  return ms_from_bits<int(BITS)>(ms_packed_element<BITS>(words, i)) * ms_from_scale<int(GROUP)>(scales[i / GROUP]);
 }

@@ -159,7 +159,7 @@ def bind_recurrent(graph: Graph) -> None:
     graph.sweep()
 
 
-def _bind_update(graph: Graph, key: tuple, state: Value, read: Node, uses: Uses) -> bool:
+def _bind_update(graph: Graph, key: tuple[Any, ...], state: Value, read: Node, uses: Uses) -> bool:
     node = state.node
     if node is None or node.op not in RECURRENT or node.inputs[-1] is not read.out:
         return False
@@ -168,7 +168,7 @@ def _bind_update(graph: Graph, key: tuple, state: Value, read: Node, uses: Uses)
     return True
 
 
-def _bind_short_conv(graph: Graph, key: tuple, state: Value, read: Node, uses: Uses) -> bool:
+def _bind_short_conv(graph: Graph, key: tuple[Any, ...], state: Value, read: Node, uses: Uses) -> bool:
     """The state is the last K - 1 rows of concatenate(state, x), which a convolution reads."""
     joined = seen_through(state, VIEWS | {"Slice"}).node
     if joined is None or joined.op != "Concatenate" or len(joined.inputs) != 2 or joined.inputs[0] is not read.out:

@@ -23,8 +23,8 @@ ATTENTION_CACHES = (
 class RecurrentStates:
     """Recurrent states of one trace by (layer, index). known: shapes and dtypes that an earlier trace wrote; written: this one's."""
 
-    known: dict[tuple, tuple[tuple[int, ...], mx.Dtype]] = field(default_factory=dict)
-    written: dict[tuple, mx.array] = field(default_factory=dict)
+    known: dict[tuple[Any, ...], tuple[tuple[int, ...], mx.Dtype]] = field(default_factory=dict[Any, Any])
+    written: dict[tuple[Any, ...], mx.array] = field(default_factory=dict[Any, Any])
 
 
 def stand_in(cache: Any, layer: object, marks: Marks, states: RecurrentStates) -> Any:

@@ -88,7 +88,7 @@ class Graph:
     tokens: int
     sampled: int
     prepare: list[Node] = field(default_factory=list)
-    state_keys: list[tuple] = field(default_factory=list)
+    state_keys: list[tuple[Any, ...]] = field(default_factory=list[Any])
     one_row_per_sequence: bool = False
 
     def uses(self) -> Uses:

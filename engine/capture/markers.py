@@ -19,6 +19,7 @@ from metalstep.capture.errors import CaptureError
 FIRST_NUMBER = 1 << 24  # no model has a scalar int32 constant this large that it depends on
 CACHED_LENGTH = (1 << 20) - 3  # of the cache in a trace; a shape that keeps it means that the model looked at the length
 
+QUANT_DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}  # MLX's group size and bits of a mode
 _lock = threading.Lock()
 
 
@@ -97,11 +98,15 @@ class Marks:
         dtype: mx.Dtype | None = None,
         **_: Any,
     ) -> mx.array:
-        bits = bits or 4
+        if global_scale is not None:
+            raise CaptureError(f"dequantize with a global scale ({mode})")
+        default_group, default_bits = QUANT_DEFAULTS[mode]
+        bits = bits or default_bits
         shape = (*w.shape[:-1], w.shape[-1] * 32 // bits)
         inputs = {"w": w, "scales": scales, "biases": biases}
-        attrs = {"group_size": group_size or 64, "bits": bits, "mode": mode}
-        return self.add("dequantize", [(shape, dtype or scales.dtype)], inputs, **attrs)[0]
+        attrs = {"group_size": group_size or default_group, "bits": bits, "mode": mode}
+        own = scales.dtype if mode == "affine" else mx.bfloat16  # scales of a byte say nothing, and MLX takes this
+        return self.add("dequantize", [(shape, dtype or own)], inputs, **attrs)[0]
 
     def gated_delta_update(
         self,

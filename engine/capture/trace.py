@@ -54,7 +54,7 @@ def _trace_once(model: Any, tokens: int, states: RecurrentStates) -> Graph:
     return graph_of(events, marks, names, list(states.written), tokens)
 
 
-def graph_of(events: Sequence[dict[str, Any]], marks: Marks, names: Sequence[str], state_keys: list[tuple], tokens: int) -> Graph:
+def graph_of(events: Sequence[dict[str, Any]], marks: Marks, names: Sequence[str], state_keys: list[tuple[Any, ...]], tokens: int) -> Graph:
     """The tracer's events as a graph.
 
     Inputs come in the order of the arguments, so weights are known by position; constants come with their data; a marker is a

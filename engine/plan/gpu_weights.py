@@ -16,7 +16,7 @@ from metalstep.kernels import params
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.linear import PackedWeight
 from metalstep.kernels.native import DeviceBuffer, NativeDevice
-from metalstep.plan.weights import CHUNK, DTYPES, WeightStore
+from metalstep.plan.weights import CHUNK, DTYPES, WeightStore, quantised_planes
 
 LOAD_BYTES = 16  # of the widest load of a kernel
 OWN_BYTES = CHUNK // 8  # a larger tensor has a buffer of its own: what it does not fill of a chunk would be memory taken for nothing
@@ -55,27 +55,19 @@ class GpuWeightStore(WeightStore):
                 raise CaptureError(f"{name} is {tensor.dtype}; a linear weight is float32, float16, bfloat16 or packed uint32")
             dense = 32 if tensor.dtype == "float32" else 16
             return PackedWeight(self._rows(tensor, n, first), n, k, dense, 0, DTYPES[tensor.dtype])
-        base = name.removesuffix("weight")
-        scales, biases = self._tensors[base + "scales"], self._tensors[base + "biases"]
-        if scales.dtype != biases.dtype:
-            raise CaptureError(f"{base}scales is {scales.dtype} and its biases are {biases.dtype}; one dtype is expected")
-        planes = (self._rows(t, n, first) for t in (tensor, scales, biases))
-        words, *affine = planes
-        return PackedWeight(words, n, k, bits, group_size, DTYPES[scales.dtype], *affine)
+        dtype, planes = quantised_planes(self._tensors, name, bits, group_size)
+        words = self._rows(tensor, n, first)
+        return PackedWeight(words, n, k, bits, group_size, dtype, **{plane: self._rows(t, n, first) for plane, t in planes.items()})
 
     def _from_blocks(self, tensor: Tensor, n: int, k: int, first: int) -> PackedWeight:
-        """GGUF blocks taken apart into MLX's triplet. Scales are float16 unless a bias does not fit it."""
+        """GGUF blocks taken apart into MLX's triplet."""
         assert isinstance(tensor, FileTensor) and tensor.format is not None
-        stored = tensor.blocks()[first : first + n]
-        scales, biases = blocks.scales(stored), blocks.biases(stored, tensor.format)
-        halves = [a.astype(np.float16) for a in (scales, biases)]
-        exact = all(np.array_equal(half.astype(np.float32), a) for half, a in zip(halves, (scales, biases), strict=True))
-        dtype = params.MS_FLOAT16 if exact else params.MS_FLOAT32
-        planes = [blocks.words(stored, tensor.format), *(halves if exact else (scales, biases))]
+        parts = tensor.affine(first, n)
+        dtype = DTYPES[str(parts.scales.dtype)]
         tensor.drop_pages()
         return PackedWeight(
-            self._copied(planes[0]), n, k, blocks.FORMATS[tensor.format].bits, blocks.BLOCK_SIZE, dtype,
-            *(self._copied(plane) for plane in planes[1:]),
+            self._copied(parts.words), n, k, blocks.FORMATS[tensor.format].bits, blocks.GROUP_SIZE, dtype,
+            self._copied(parts.scales), self._copied(parts.biases),
         )  # fmt: skip
 
     def _rows(self, tensor: Tensor, n: int, first: int) -> Buffer:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Node, Value
@@ -41,7 +42,7 @@ class LinearCompiler:
     norm_inputs: the prologue is a norm that the launch does itself, not a program.
     """
 
-    def __init__(self, node: Node, placement: Placement, angles: dict[tuple, Buffer], *, norm_inputs: bool = False):
+    def __init__(self, node: Node, placement: Placement, angles: dict[tuple[Any, ...], Buffer], *, norm_inputs: bool = False):
         self.node = node
         self.norm_inputs = norm_inputs
         self.placement = placement
@@ -110,8 +111,6 @@ class LinearCompiler:
         if node.op == "Matmul":
             return self.placement.weights.packed(weight.name, columns.n, k, 16, 0, columns.first)
         attrs = node.attrs
-        if attrs["mode"] != "affine":
-            raise CaptureError(f"{weight.name} is quantised as {attrs['mode']}; only affine weights run natively yet")
         return self.placement.weights.packed(
             weight.name, columns.n, k, attrs["bits"], attrs["group_size"], columns.first
         )

@@ -94,8 +94,8 @@ class _Lowering:
         self.step, self.step_sizes = arrays.buffers, arrays.sizes
         self.placement = Placement(weights, planes, self.step.embeddings)
         self.nodes = [n for n in graph.nodes if n.op not in ("view", "take_rows")]
-        self.angles: dict[tuple, Buffer] = {}
-        self.rope_nodes: dict[tuple, Node] = {}
+        self.angles: dict[tuple[Any, ...], Buffer] = {}
+        self.rope_nodes: dict[tuple[Any, ...], Node] = {}
         for node in self.nodes:
             for part in node.attrs.get("body", [node]):
                 if part.op == "rope":
@@ -219,7 +219,7 @@ class _Lowering:
     def _lifetime(self, key: object, shape: tuple[int, int], first: int, last: int) -> Lifetime:
         return Lifetime(key, shape[0] * shape[1] * FLOAT, first, last)
 
-    def _lower(self, node: Node, angles: dict[tuple, Node]) -> list[LoweredLaunch]:
+    def _lower(self, node: Node, angles: dict[tuple[Any, ...], Node]) -> list[LoweredLaunch]:
         if node.op == "row_program":
             return self._row_program(node, angles)
         if node.op == "linear":
@@ -228,7 +228,7 @@ class _Lowering:
             return self._attention(node)
         raise CaptureError(f"{node.op} has no kernel (in {node})")
 
-    def _row_program(self, node: Node | None, angles: dict[tuple, Node]) -> list[LoweredLaunch]:
+    def _row_program(self, node: Node | None, angles: dict[tuple[Any, ...], Node]) -> list[LoweredLaunch]:
         program, slots = Program(), Slots(int(params.MS_SLOT_FIRST))
         compiler = RowCompiler(program, slots, self.placement, self.angles)
         for key, rope in angles.items():

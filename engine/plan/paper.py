@@ -12,17 +12,19 @@ from numpy.typing import DTypeLike
 from metalstep.capture import CapturedModel, CaptureError
 from metalstep.capture.passes.kinds import row_size
 from metalstep.checkpoint import Tensor, blocks
+from metalstep.checkpoint.tensors import ITEM_SIZES
 from metalstep.kernels import params
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.linear import PackedWeight
 from metalstep.kernels.native import DeviceBuffer, DeviceInfo, NativeDevice
-from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, PagedKVCache, cache_groups, with_scheme
+from metalstep.kv_cache import CacheGroup, PagedKVCache, cache_groups, with_scheme
+from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.kv_scheme import PLAIN, KVScheme
 from metalstep.plan.lower import LoweredLaunch, lower
 from metalstep.plan.step_arrays import StepArrays
 from metalstep.plan.step_memory import StepMemory
 from metalstep.plan.target import PlanShape, Target
-from metalstep.plan.weights import CHUNK, DTYPES, WeightStore
+from metalstep.plan.weights import CHUNK, DTYPES, WeightStore, quantised_planes
 
 ANY_ROWS = (7, 5)  # tokens and sampled rows of a graph: a lowered graph's rows are data
 WRITABLE = 1 << 20  # bytes of a view that can be written; a larger one reads as zeros and takes no memory
@@ -99,9 +101,11 @@ class PaperWeights(WeightStore):
             return PackedWeight(self._bytes(n * k * 4), n, k, 32, 0, params.MS_FLOAT32)
         tensor = self._tensor(name)
         if tensor.format is not None:  # scales that need float32 are not told from those that fit float16 without reading them
-            bits, group_size, dtype = blocks.FORMATS[tensor.format].bits, blocks.BLOCK_SIZE, "float16"
+            bits, group_size, dtype = blocks.FORMATS[tensor.format].bits, blocks.GROUP_SIZE, tensor.dtype
         elif tensor.dtype == "uint32":
-            dtype = self._tensor(name.removesuffix("weight") + "scales").dtype
+            code, planes = quantised_planes(self._tensors, name, bits, group_size)
+            sizes = [n * k * bits // 8, *(n * (k // group_size) * ITEM_SIZES[t.dtype] for t in planes.values())]
+            return PackedWeight(self._bytes(sizes[0]), n, k, bits, group_size, code, *map(self._bytes, sizes[1:]))
         else:
             bits, group_size, dtype = 32 if tensor.dtype == "float32" else 16, 0, tensor.dtype
         if dtype not in DTYPES:

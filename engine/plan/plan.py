@@ -1,6 +1,7 @@
 """A plan on a device: launches resolved once, run on the step's arrays by one native call for one step or several."""
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -18,8 +19,11 @@ from metalstep.plan.target import PlanShape
 class Plan:
     """The native plan of one lowered graph, the step's arrays and where its logits are.
 
-    A plan of one row has two places for logits and uses them in turn (see LogitsRing).
+    A plan of one row has two places for logits and uses them in turn (see LogitsRing). submitted: when the latest `replay` was queued, by
+    time.perf_counter_ns.
     """
+
+    submitted = 0
 
     def __init__(self, device: NativeDevice, lowered: Lowered, arrays: StepArrays, shape: PlanShape):
         self.shape = shape
@@ -129,7 +133,9 @@ class Plan:
     def replay(self, steps: int = 1) -> None:
         """`steps` steps on what the arrays hold already, in one native call; more than one when MSStep.advance is set."""
         native = self._prepare()
-        native.wait(native.run(steps))
+        ticket = native.run(steps)
+        self.submitted = time.perf_counter_ns()
+        native.wait(ticket)
 
     @cached_property
     def place_of_logits(self) -> np.ndarray:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Node, Value
@@ -17,7 +18,7 @@ REDUCE_CODES = (None, None, "sum", "prod", "min", "max")  # MLX's Reduce: and, o
 UPDATE_CODES = (params.MS_MAX, params.MS_MIN, params.MS_SUM, params.MS_PROD, params.MS_ASSIGN)  # MLX's SliceUpdate
 
 
-def rope_key(node: Node) -> tuple:
+def rope_key(node: Node) -> tuple[Any, ...]:
     """What two rotations must share to share their angles."""
     return (node.attrs["dims"], node.attrs["base"], node.attrs["scale"], named_inputs(node).get("freqs"))
 
@@ -33,13 +34,13 @@ class RowCompiler:
     angles: buffers of rotation angles by `rope_key`, [tokens, dims].
     """
 
-    def __init__(self, program: Program, slots: Slots, placement: Placement, angles: dict[tuple, Buffer]):
+    def __init__(self, program: Program, slots: Slots, placement: Placement, angles: dict[tuple[Any, ...], Buffer]):
         self.program = program
         self.slots = slots
         self.placement = placement
         self.angles = angles
         self.registers: dict[Value, Register] = {}
-        self._loaded: dict[tuple, Register] = {}
+        self._loaded: dict[tuple[Any, ...], Register] = {}
 
     def add(self, node: Node) -> None:
         """Append one primitive node.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 from metalstep.kernels import params
 from metalstep.kernels.gpu.bench_case import ACTIVATION_BYTES, EPS, BenchCase, BenchSizes, Inputs
@@ -23,7 +24,7 @@ from metalstep.kernels.gpu.linear_text import (
 )
 from metalstep.kernels.gpu.linear_tuning import TUNING, Matvec, Tiles, Tuning, geometry
 from metalstep.kernels.launch import Buffer, KernelCode, Launch
-from metalstep.kernels.linear import Input, Norm, PackedWeight, Segment, first_buffer_slot
+from metalstep.kernels.linear import FLOATS, Input, Norm, PackedWeight, Segment, first_buffer_slot
 from metalstep.kernels.program import Program
 from metalstep.kernels.step import StepBuffers
 
@@ -113,6 +114,9 @@ def _format(weight: PackedWeight, choices: dict[int, Sequence[int]], lanes: int)
     choices the widest that leaves none idle, or else the widest of which there is enough for all."""
     dense = weight.bits >= 16
     known = weight.dtype in (params.MS_FLOAT32, params.MS_FLOAT16, params.MS_BFLOAT16)
+    floats = (weight.bits, weight.group_size, weight.dtype) in FLOATS.values()
+    if floats and weight.k % weight.group_size == 0:
+        return _floats_format(weight, [v for v in choices[weight.bits] if weight.group_size % v == 0], lanes)
     fits = (
         weight.group_size == 0 and weight.bits == (32 if weight.dtype == params.MS_FLOAT32 else 16)
         if dense
@@ -121,11 +125,11 @@ def _format(weight: PackedWeight, choices: dict[int, Sequence[int]], lanes: int)
     if not fits or not known:
         raise ValueError(
             f"linear: no kernel reads a weight of k={weight.k}, bits={weight.bits}, group_size={weight.group_size},"
-            f" dtype={weight.dtype}; expected 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128 that divide k, or dense elements"
+            f" dtype={weight.dtype}; expected 1, 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128 that divide k, {', '.join(FLOATS)}, or"
+            " dense elements"
         )
     scalar = TYPES[weight.dtype]
-    some = choices[weight.bits]
-    values = next((v for v in some if weight.k % (v * lanes) == 0), next((v for v in some if v * lanes <= weight.k), some[-1]))
+    values = _values(weight.k, choices[weight.bits], lanes)
     if dense:
         _require_place(weight.buffer, ELEMENT_BYTES[scalar], "elements")
         wide = weight.buffer.offset % (4 * ELEMENT_BYTES[scalar]) == 0 and weight.k % 4 == 0
@@ -135,10 +139,26 @@ def _format(weight: PackedWeight, choices: dict[int, Sequence[int]], lanes: int)
     _require_place(weight.buffer, 4, "words")
     for plane in (weight.scales, weight.biases):
         _require_place(plane, ELEMENT_BYTES[scalar], "scales or biases")
-    row_words = weight.k // 32 * weight.bits
-    align = next(a for a in (4, 2, 1) if weight.buffer.offset % (4 * a) == 0 and row_words % a == 0)
-    text = f"ms_affine<{weight.bits}, {weight.group_size}, {scalar}, {align}>"
+    text = f"ms_affine<{weight.bits}, {weight.group_size}, {scalar}, {_align(weight)}>"
     return Format(text, ("uint", scalar, scalar), values, True)
+
+
+def _floats_format(weight: PackedWeight, choices: Sequence[int], lanes: int) -> Format:
+    if weight.scales is None:
+        raise ValueError(f"linear: a weight of {weight.bits}-bit floats without scales; a GPU reads them from a buffer of their own")
+    _require_place(weight.buffer, 4, "words")
+    values = _values(weight.k, choices, lanes)
+    return Format(f"ms_floats<{weight.bits}, {weight.group_size}, {_align(weight)}>", ("uint", "uchar"), values, weight.k % values == 0)
+
+
+def _values(k: int, choices: Sequence[int], lanes: int) -> int:
+    return next((v for v in choices if k % (v * lanes) == 0), next((v for v in choices if v * lanes <= k), choices[-1]))
+
+
+def _align(weight: PackedWeight) -> int:
+    """Words at a multiple of which each row starts."""
+    row_words = weight.k * weight.bits // 32
+    return next(a for a in (4, 2, 1) if weight.buffer.offset % (4 * a) == 0 and row_words % a == 0)
 
 
 def _require_place(buffer: Buffer, size: int, what: str) -> None:
@@ -149,7 +169,7 @@ def _require_place(buffer: Buffer, size: int, what: str) -> None:
 def _paths(segments: Sequence[Segment], shape: Matvec | Tiles, tuning: Tuning) -> list[Path]:
     choices = tuning.matvec_values if isinstance(shape, Matvec) else tuning.tile_values
     lanes = shape.splits * (SIMD_WIDTH if isinstance(shape, Matvec) else 4)
-    paths: dict[tuple, Path] = {}
+    paths: dict[tuple[Any, ...], Path] = {}
     for number, segment in enumerate(segments):
         formats = tuple(_format(weight, choices, lanes) for weight in segment.weights)
         epilogue = epilogue_of(segment)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from metalstep.kernels import params
 from metalstep.kernels.gpu.expressions import arity, expression, literal
@@ -97,12 +98,12 @@ class _Bindings:
         return "\n".join([*lines, f"    constant MSGpuLinearParams* p [[buffer({len(lines)})]],"])
 
 
-def accesses_of(segment: Segment) -> Iterable[dict]:
+def accesses_of(segment: Segment) -> Iterable[dict[str, Any]]:
     """The LOADs and STOREs of its epilogue."""
     return (i for i in segment.epilogue.instructions if i["op"] in (params.MS_OP_LOAD, params.MS_OP_STORE))
 
 
-def row_stride(access: dict) -> int:
+def row_stride(access: dict[str, Any]) -> int:
     """Elements from one row's place to the next one's."""
     return 0 if access.get("rows", params.MS_ROW_SAME) == params.MS_ROW_SAME else access.get("row_stride", 0)
 
@@ -277,7 +278,7 @@ class Kernel:
 
     def _weights(self, path: Path, first: int, fmt: Format, parts: list[int]) -> list[str]:
         """Declares `w` with the parts' weights of the segment at hand."""
-        fields = ("words", "scales", "biases") if len(fmt.members) == 3 else ("elements",)
+        fields = ("words", "scales", "biases")[: len(fmt.members)] if len(fmt.members) > 1 else ("elements",)
         lines = [f"      ms_parts<{fmt.text}, {len(parts)}> w;"]
         for place, part in enumerate(parts):
             weights = [self.segments[index].weights[part] for index in path.segments]

@@ -6,8 +6,9 @@ from typing import Any
 from metalstep.kernels import kv_codec, params
 from metalstep.kernels.gpu.row_values import ELEMENTWISE, NAMES, NORMS, embedding_slots, extent, operand_ranges
 from metalstep.kernels.kv_codec import KVCodec
+from metalstep.kernels.linear import FLOATS
 
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+AFFINE_BITS = (1, 2, 3, 4, 5, 6, 8)
 GROUPS = (32, 64, 128)
 DTYPES = (params.MS_FLOAT32, params.MS_FLOAT16, params.MS_BFLOAT16)
 CODECS = {codec.code: codec for codec in (KVCodec(name, norm) for name in kv_codec.NAMES for norm in ("float32", "float16"))}
@@ -120,8 +121,12 @@ def weight_problem(n: int, k: int, bits: int, group_size: int, dtype: int) -> st
         if dtype in ((params.MS_FLOAT16, params.MS_BFLOAT16) if bits == 16 else (params.MS_FLOAT32,)):
             return None
         return "a dense weight is neither 16 bits of float16 or bfloat16 nor 32 of float32"
+    if dtype in (params.MS_E8M0, params.MS_E4M3):
+        if (bits, group_size, dtype) not in FLOATS.values():
+            return "e8m0 scales are of 4 or 8 bits in groups of 32, e4m3 scales of 4 bits in groups of 16"
+        return "k is not a multiple of the group size" if k % group_size else None
     if bits not in AFFINE_BITS:
-        return "bits are not 2, 3, 4, 5, 6, 8 (affine) or 16, 32 (dense)"
+        return "bits are not 1, 2, 3, 4, 5, 6, 8 (affine) or 16, 32 (dense)"
     if group_size not in GROUPS:
         return "the group size is not 32, 64 or 128"
     if dtype not in DTYPES:

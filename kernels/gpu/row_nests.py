@@ -46,7 +46,7 @@ class Access:
 
     target: Value | int
     write: bool
-    key: tuple | None = None
+    key: tuple[Any, ...] | None = None
     places: np.ndarray | None = None
 
 
@@ -86,7 +86,7 @@ class Aliases:
         return a == b or self._slots is None or (a, b) in self._slots or (b, a) in self._slots
 
 
-def buffer_key(instr: Any, offset: int = 0) -> tuple:
+def buffer_key(instr: Any, offset: int = 0) -> tuple[Any, ...]:
     """Which element of the buffer an index of a LOAD or STORE is."""
     return instr.rows, instr.row_stride, instr.dtype, instr.offset + offset, instr.n
 

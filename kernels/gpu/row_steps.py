@@ -14,6 +14,7 @@ from metalstep.kernels.gpu.expressions import expression, literal
 from metalstep.kernels.gpu.row_homes import Homes, Place
 from metalstep.kernels.gpu.row_nests import Nest, Pass, scatter_places
 from metalstep.kernels.gpu.row_values import ELEMENTWISE, Op, Read, Value, embedding_slots
+from metalstep.kernels.linear import FLOATS
 
 TYPES = {params.MS_FLOAT32: "float", params.MS_FLOAT16: "half", params.MS_BFLOAT16: "bfloat", params.MS_INT32: "int"}
 STEP_SLOTS = {
@@ -34,7 +35,7 @@ class Touch:
     start: int
     end: int
     write: bool
-    key: tuple | None
+    key: tuple[Any, ...] | None
     places: np.ndarray | None = None
 
     @property
@@ -59,7 +60,7 @@ class RowSteps:
         self._lines: list[str] = []
         self._depth = 1
         self._slots: dict[int, tuple[str, bool]] = {}  # elements, and whether they are written
-        self._pointers: dict[tuple, tuple[str, str]] = {}  # by what they point at: name, declaration
+        self._pointers: dict[tuple[Any, ...], tuple[str, str]] = {}  # by what they point at: name, declaration
         self._tables: list[str] = []
         self._names: set[str] = set()
         self._needed: set[str] = set()
@@ -103,7 +104,7 @@ class RowSteps:
         self._touch(instr.slot, instr.offset, instr.offset + instr.n, True, (self._nest.domain, *self._address(instr)))
 
     @staticmethod
-    def _address(instr: Any, offset: int = 0) -> tuple:
+    def _address(instr: Any, offset: int = 0) -> tuple[Any, ...]:
         return instr.slot, instr.rows, instr.row_stride, instr.dtype, instr.offset + offset
 
     @staticmethod
@@ -168,6 +169,10 @@ class RowSteps:
         if bits >= 16:
             table = self._base(instr.slot, TYPES[dtype], f"{at} * {instr.n}", f"table{op.number}")
             value = f"float({table}[i])"
+        elif (bits, group, dtype) in FLOATS.values():
+            table = self._base(instr.slot, "uint", f"{at} * {instr.n * bits // 32}", f"table{op.number}")
+            scales = self._base(instr.strides[0], "uchar", f"{at} * {instr.n // group}", f"scales{op.number}")
+            value = f"ms_floats_element<{bits}, {group}>({table}, {scales}, i)"
         else:
             kind, groups = TYPES[dtype], instr.n // group
             table = self._base(instr.slot, "uint", f"{at} * {instr.n * bits // 32}", f"table{op.number}")
@@ -440,7 +445,9 @@ class RowSteps:
         return name
 
     # ---- text, and what it touches ------------------------------------------------------------------------------------
-    def _touch(self, memory: str | int, start: int, end: int, write: bool, key: tuple | None, places: np.ndarray | None = None) -> None:
+    def _touch(
+        self, memory: str | int, start: int, end: int, write: bool, key: tuple[Any, ...] | None, places: np.ndarray | None = None
+    ) -> None:
         self._touched.append(Touch(memory, start, end, write, key, places))
 
     def _line(self, text: str) -> None:

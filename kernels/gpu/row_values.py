@@ -9,6 +9,7 @@ import numpy as np
 
 from metalstep.kernels import params
 from metalstep.kernels.gpu.expressions import EXPRESSIONS, arity
+from metalstep.kernels.linear import FLOATS
 
 ELEMENTWISE = frozenset(EXPRESSIONS)
 NORMS = (params.MS_OP_RMS_NORM, params.MS_OP_LAYER_NORM)
@@ -130,7 +131,8 @@ def places(instr: Any) -> np.ndarray:
 
 def embedding_slots(instr: Any) -> list[int]:
     """The buffers that an EMBEDDING reads: the caller's own rows, the table, and scales and biases if that is packed."""
-    return [instr.slot2, instr.slot, *(list(instr.strides)[:2] if instr.dims[0] < 16 else [])]
+    planes = 0 if instr.dims[0] >= 16 else 1 if tuple(instr.dims)[:3] in FLOATS.values() else 2
+    return [instr.slot2, instr.slot, *list(instr.strides)[:planes]]
 
 
 def operand_ranges(instr: Any) -> list[tuple[str, int, int]]:

@@ -17,26 +17,41 @@ static void bind_step(launch *l, uint32_t rows, uint32_t tokens_below) {
 }
 
 void try_linear(int32_t isa) {
-  static const uint32_t all_bits[] = {2, 3, 4, 5, 6, 8, 16, 32};
-  const uint32_t bits = all_bits[random_below(8)], dense = bits >= 16, group = dense ? 0 : 32u << random_below(3);
+  static const uint32_t all_bits[] = {1, 2, 3, 4, 5, 6, 8, 16, 32};
+  const uint32_t floats = random_below(4) == 0, bits = floats ? 4u << random_below(2) : all_bits[random_below(9)];
+  const uint32_t dense = bits >= 16, e4m3 = floats && bits == 4 && random_below(2);
+  const uint32_t group = dense ? 0 : e4m3 ? 16 : floats ? 32 : 32u << random_below(3);
   const uint32_t k = dense ? 1 + random_below(90) : group * (1 + random_below(3)), n = 1 + random_below(70);
   const uint32_t rows = random_below(8) ? 1 + random_below(20) : random_below(150);
-  const uint32_t dtype = bits == 32 ? MS_FLOAT32 : dense ? MS_FLOAT16 + random_below(2) : random_below(3);
+  const uint32_t number = bits == 32 ? MS_FLOAT32 : dense ? MS_FLOAT16 + random_below(2) : random_below(3);
+  const uint32_t dtype = e4m3 ? MS_E4M3 : floats ? MS_E8M0 : number;
   launch l = {.kernel = "linear"};
   bind_step(&l, rows, 10);
-  MSWeightSource source = {
-      dense ? MS_WEIGHT_DENSE : MS_WEIGHT_AFFINE, n, k, bits, group, dtype, NULL, NULL, NULL, NULL};
+  MSWeightSource source = {dense    ? MS_WEIGHT_DENSE
+                           : floats ? MS_WEIGHT_FLOATS
+                                    : MS_WEIGHT_AFFINE,
+                           n,
+                           k,
+                           bits,
+                           group,
+                           dtype,
+                           NULL,
+                           NULL,
+                           NULL,
+                           NULL};
   const uint64_t data_bytes = (uint64_t)n * k * bits / 8, scales = group ? (uint64_t)n * k / group : 0;
   uint8_t *data = malloc(data_bytes);
   uint16_t *scale = calloc(scales ? scales : 1, 4), *bias = calloc(scales ? scales : 1, 4);
-  for (uint64_t i = 0; i < data_bytes; ++i) data[i] = (uint8_t)random_below(256);
+  for (uint64_t i = 0; i < data_bytes; ++i) data[i] = (uint8_t)random_below(256) & (floats && bits == 8 ? 0xbf : 0xff);
   for (uint64_t i = 0; dense && i < (uint64_t)n * k; ++i) {  // finite values
     const uint32_t value = 0x3c00u + random_below(0x100);
     if (bits == 16) memcpy(data + 2 * i, &(uint16_t){(uint16_t)value}, 2);
     if (bits == 32) memcpy(data + 4 * i, &(float){random_float()}, 4);
   }
   for (uint64_t i = 0; i < scales; ++i) {
-    if (dtype == MS_FLOAT32) {
+    if (floats) {
+      ((uint8_t *)scale)[i] = (uint8_t)(e4m3 ? 0x30 + random_below(16) : 125 + random_below(4));
+    } else if (dtype == MS_FLOAT32) {
       memcpy((char *)scale + 4 * i, &(float){random_float()}, 4);
       memcpy((char *)bias + 4 * i, &(float){random_float()}, 4);
     } else {

@@ -11,7 +11,7 @@ from metalstep.kernels.linear import Input, PackedWeight, Segment
 from metalstep.kernels.program import Program
 
 F32 = mx.float32
-BITS = (2, 3, 4, 5, 6, 8)
+BITS = (1, 2, 3, 4, 5, 6, 8)
 DTYPES = {"float": mx.float32, "half": mx.float16, "bfloat": mx.bfloat16}
 CODES = {"float": params.MS_FLOAT32, "half": params.MS_FLOAT16, "bfloat": params.MS_BFLOAT16}
 # max_rows of each variant: matvec of one, three and four rows, small tiles, and larger ones
@@ -25,8 +25,11 @@ class Weight:
     """A weight on the device, its values in float64, and the magnitudes of what is added up to make them."""
 
     def __init__(self, h, rng, n, k, bits, group=0, dtype="half", shift=0):
-        """bits 16: dense, 32 as well (float). shift: elements by which each buffer's region starts late."""
+        """bits 16: dense, 32 as well (float); or a mode of linear.FLOATS. shift: elements by which each buffer's region starts late."""
         self.n, self.k = n, k
+        if bits in linear.FLOATS:
+            self._floats(h, rng, bits, shift)
+            return
         values = mx.array(rng.standard_normal((n, k)).astype(np.float32)).astype(DTYPES[dtype])
         view = mx.uint32 if dtype == "float" else mx.uint16
         fields = dict(bits=bits, group_size=group, dtype=CODES[dtype], n=n, k=k)
@@ -42,6 +45,13 @@ class Weight:
             self.exact = np.array(values.astype(F32)).astype(np.float64)
             self.magnitude = np.abs(self.exact)
             self.packed = PackedWeight(shifted(h, np.array(values.view(view)), shift), *self._fields(fields))
+
+    def _floats(self, h, rng, mode, shift):
+        words, scales = mx.quantize(mx.array(rng.standard_normal((self.n, self.k)).astype(np.float32)), mode=mode)
+        self.exact = np.array(mx.dequantize(words, scales, mode=mode, dtype=F32)).astype(np.float64)
+        self.magnitude = np.abs(self.exact)
+        planes = [shifted(h, np.array(a), shift) for a in (words, scales)]
+        self.packed = PackedWeight(planes[0], self.n, self.k, *linear.FLOATS[mode], scales=planes[1])
 
     @staticmethod
     def _fields(fields):

@@ -105,7 +105,8 @@ class Harness:
         """`weight` (uint32 words, or dense elements as stored) as panels; pointers: scales and biases."""
         nbytes = self.device.weight_bytes(n, k, bits, group_size, dtype)
         owner = self.device.create_buffer(nbytes)
-        fmt = params.MS_WEIGHT_DENSE if bits >= 16 else params.MS_WEIGHT_AFFINE
+        quantised = params.MS_WEIGHT_AFFINE if "biases" in pointers else params.MS_WEIGHT_FLOATS
+        fmt = params.MS_WEIGHT_DENSE if bits >= 16 else quantised
         arrays = {name: np.ascontiguousarray(a) for name, a in pointers.items()}
         weight = np.ascontiguousarray(weight)
         self.device.pack_weight(

@@ -10,7 +10,7 @@ from programs import launch_of, own_buffers
 from metalstep.kernels import embedding, params, row_program
 from metalstep.kernels.program import Program
 
-AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+AFFINE = [(bits, group) for bits in (1, 2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 CODES = {mx.float16: params.MS_FLOAT16, mx.bfloat16: params.MS_BFLOAT16, mx.float32: params.MS_FLOAT32}
 
 
@@ -135,9 +135,11 @@ GOOD = dict(op=params.MS_OP_EMBEDDING, dst=0, n=64, slot=FIRST, slot2=FIRST + 1,
         (dict(slot2=8), "slot 8 of a launch with 7 bindings"),
         (dict(n=48), "k is not a multiple of the group size"),
         (dict(n=96), "dst is 0 [+] 96, past the 64"),
-        (dict(dims=[7, 32, 1, 37]), "bits are not 2, 3, 4, 5, 6, 8"),
+        (dict(dims=[7, 32, 1, 37]), "bits are not 1, 2, 3, 4, 5, 6, 8"),
         (dict(dims=[4, 16, 1, 37]), "the group size is not 32, 64 or 128"),
         (dict(dims=[4, 0, 1, 37]), "the group size is not 32, 64 or 128"),
+        (dict(dims=[4, 32, params.MS_E4M3, 37]), "e8m0 scales are of 4 or 8 bits in groups of 32, e4m3 scales of 4 bits in groups of 16"),
+        (dict(dims=[6, 32, params.MS_E8M0, 37]), "e8m0 scales are of 4 or 8 bits in groups of 32, e4m3 scales of 4 bits in groups of 16"),
         (dict(dims=[4, 32, 3, 37]), "scales are not float32, float16 or bfloat16"),
         (dict(dims=[16, 32, 1, 37]), "a dense weight has a group size"),
         (dict(dims=[32, 0, 1, 37]), "neither 16 bits of float16 or bfloat16 nor 32 of float32"),

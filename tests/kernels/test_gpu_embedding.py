@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import own_buffers
 from test_embedding import AFFINE, CODES, quantised, some_table, stored
+from test_linear import codes
 
-from metalstep.kernels import embedding, params
+from metalstep.kernels import embedding, linear, params
 from metalstep.kernels.gpu import row_program
 from metalstep.kernels.program import Program
 
@@ -52,6 +53,17 @@ def test_quantised_rows_are_mlxs(h, dtype):
         for (_, table), (_, out) in zip(tables, made, strict=True):
             want = np.array(embedding.reference(mx.array(ids), table))
             np.testing.assert_allclose(h.get(out)[:-1], want, rtol=0, atol=8 * 2**-24)
+
+
+def test_rows_of_floats_are_mlxs_bit_for_bit(h):
+    """Every code of an element under every code of a scale, NaN as NaN."""
+    for mode in linear.FLOATS:
+        words, scales, values = codes(mode)
+        ids = list(range(len(values)))
+        with own_buffers(h):
+            bits, group, dtype = linear.FLOATS[mode]
+            fields = dict(bits=bits, group_size=group, dtype=dtype, n=values.shape[0], k=values.shape[1])
+            np.testing.assert_array_equal(looked_up(h, h.pack(words, scales=scales, **fields), ids), values)
 
 
 @pytest.mark.parametrize("dtype", CODES, ids=str)

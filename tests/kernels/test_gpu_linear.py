@@ -7,6 +7,7 @@ from gpu_harness import GpuHarness
 from gpu_linears import BITS, DTYPES, VARIANTS, Weight, bound, check, dense_bits, plain, products, shifted
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from test_linear import codes, same_codes
 
 from metalstep.kernels import linear, params
 from metalstep.kernels.gpu import linear as gpu_linear
@@ -32,13 +33,53 @@ PAIRS = [
 @pytest.mark.parametrize(("group", "dtype"), PAIRS)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_affine_products_of_every_width_agree_with_the_reference(h, variant, group, dtype):
-    """Six widths in one launch, each a code path of its own."""
+    """Seven widths in one launch, each a code path of its own."""
     rng = np.random.default_rng(group)
     k = {32: 160, 64: 192, 128: 384}[group]
-    weights = [Weight(h, rng, n, k, bits, group, dtype) for n, bits in zip((17, 1, 40, 9, 33, 64), BITS, strict=True)]
+    weights = [Weight(h, rng, n, k, bits, group, dtype) for n, bits in zip((8, 17, 1, 40, 9, 33, 64), BITS, strict=True)]
     max_rows = VARIANTS[variant]
     x = rng.standard_normal((max_rows - max_rows // 5, k)).astype(np.float32)
     check(h, x, weights, max_rows)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_products_of_floats_agree_with_the_reference(h, variant):
+    """k is no multiple of what 32 lanes read, and for nvfp4 no multiple of 32 either."""
+    rng = np.random.default_rng(4)
+    rows = VARIANTS[variant] - VARIANTS[variant] // 5
+    weights = [Weight(h, rng, n, 160, mode) for n, mode in zip((17, 40, 33), linear.FLOATS, strict=True)]
+    check(h, rng.standard_normal((rows, 160)).astype(np.float32), weights, VARIANTS[variant])
+    check(h, rng.standard_normal((rows, 48)).astype(np.float32), [Weight(h, rng, 10, 48, "nvfp4", shift=1)], VARIANTS[variant])
+
+
+@pytest.mark.parametrize("rows", [2, 9])
+def test_floats_may_lie_at_any_word(h, rows):
+    x = np.random.default_rng(rows).standard_normal((rows, 160)).astype(np.float32)
+    got = []
+    for shift in (0, 1):
+        same = np.random.default_rng(5)
+        got.append(products(h, x, [Weight(h, same, 6, 160, mode, shift=shift) for mode in linear.FLOATS]))
+    for a, b in zip(*got, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("mode", linear.FLOATS)
+def test_every_code_of_an_element_and_of_a_scale_is_what_mlx_makes_of_it(h, mode):
+    words, scales, values = codes(mode)
+    weight = PackedWeight(h.put(words), *values.shape, *linear.FLOATS[mode], scales=h.put(scales))
+    for rows in (1, 8, 32):  # matvec, tiles
+        out = h.empty((rows, weight.n))
+        segments = [Segment([weight], plain(weight, linear.first_buffer_slot([[weight]])))]
+        got = []
+        for x in np.eye(32, dtype=np.float32).reshape(-1, rows, 32):
+            source = Input(h.put(x), 0, 32)
+            h.run(gpu_linear.launches(source, segments, h.step(rows), [out], 0, rows), rows)
+            got.append(h.get(out))
+            if rows == 1 and len(got) == 16:  # all of e2m1's codes, half of e4m3's
+                break
+        got = np.concatenate(got).T
+        with np.errstate(all="ignore"):
+            same_codes(got, scales, values, scaled_first=rows > 1)
 
 
 @pytest.mark.parametrize("k", [1, 7, 33, 64, 100])

@@ -16,7 +16,8 @@ from metalstep.kernels.program import Program
 # The fused forms: activations have 15 bits and a sign (or 7) under a scale per group, relative to the largest result.
 TOLERANCE = {"int16": 4e-5, "int8": 1.2e-2}
 LIMIT = {"int16": 32639, "int8": 127}  # the largest integer of an activation
-AFFINE = [(bits, group) for bits in (2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
+EXACT = 1e-6  # 8-bit floats: sums of float32 products
+AFFINE = [(bits, group) for bits in (1, 2, 3, 4, 5, 6, 8) for group in (32, 64, 128)]
 CODES = {mx.float16: params.MS_FLOAT16, mx.bfloat16: params.MS_BFLOAT16, mx.float32: params.MS_FLOAT32}
 
 
@@ -28,6 +29,21 @@ def affine(rng, n, k, bits, group, dtype=mx.float16):
     exact = np.array(mx.dequantize(words, *wide, group_size=group, bits=bits)).astype(np.float64)
     view = mx.uint16 if dtype != mx.float32 else mx.uint32
     return [np.array(words), np.array(scales.view(view)), np.array(biases.view(view))], exact
+
+
+def floats(rng, n, k, mode):
+    """A random weight of a mode of linear.FLOATS: its fields and arrays for Harness.pack, and its values in float64."""
+    bits, group, dtype = linear.FLOATS[mode]
+    words, scales = mx.quantize(mx.array(rng.standard_normal((n, k)).astype(np.float32)), mode=mode)
+    exact = np.array(mx.dequantize(words, scales, mode=mode, dtype=mx.float32)).astype(np.float64)
+    return dict(weight=np.array(words), scales=np.array(scales), bits=bits, group_size=group, dtype=dtype, n=n, k=k), exact
+
+
+def floats_bound(x, exact, mode, arithmetic):
+    """As rounding_bound; 8-bit floats are multiplied as float32 in either arithmetic."""
+    if mode == "mxfp8":
+        return EXACT * np.abs(x).astype(np.float64) @ np.abs(exact).T
+    return rounding_bound(x.astype(np.float64), exact, linear.FLOATS[mode][1], arithmetic)
 
 
 def rounding_bound(x, exact, group, arithmetic):
@@ -69,6 +85,91 @@ def test_affine_products_agree_with_the_reference(bits, group, dtype, arithmetic
         for rows in (1, 4, 11):  # a thread for itself, its limit, all threads together
             got = product(h, x[:rows], packed, arithmetic)
             assert (np.abs(got - x[:rows] @ exact.T) <= rounding_bound(x[:rows], exact, group, arithmetic)).all()
+
+
+@pytest.mark.parametrize("arithmetic", ["int16", "int8"])
+@pytest.mark.parametrize(("mode", "k"), [("mxfp4", 32), ("mxfp4", 288), ("nvfp4", 48), ("nvfp4", 160), ("mxfp8", 32), ("mxfp8", 288)])
+def test_products_of_floats_agree_with_the_reference(mode, k, arithmetic):
+    """k of one group, and of more than a line of scales, which is not full."""
+    rng = np.random.default_rng(k)
+    fields, exact = floats(rng, 50, k, mode)
+    x = rng.standard_normal((19, k)).astype(np.float32)
+    with Harness() as h:
+        packed = h.pack(**fields)
+        for rows in (1, 4, 19):
+            got = product(h, x[:rows], packed, arithmetic)
+            assert (np.abs(got - x[:rows] @ exact.T) <= floats_bound(x[:rows], exact, mode, arithmetic)).all()
+
+
+def codes(mode):
+    """A weight [.., 32] with every element code under every scale code: words, scales, and what MLX makes of them (float32)."""
+    bits, group, _ = linear.FLOATS[mode]
+    elements = np.arange(256 if bits == 8 else 32).reshape(-1, 32) % (1 << bits)
+    packed = elements if bits == 8 else elements[:, 0::2] | elements[:, 1::2] << 4
+    words = np.tile(packed.astype(np.uint8).view(np.uint32), (256, 1))
+    scales = np.arange(256, dtype=np.uint8)[:, None].repeat(len(elements), 0).repeat(32 // group, 1)
+    values = mx.dequantize(mx.array(words), mx.array(scales), mode=mode, dtype=mx.float32)
+    return words, scales, np.array(values)
+
+
+def same_codes(products, scales, values, *, scaled_first=False):
+    """products [rows, up to 32]: of each value with 1 and of its row's others with 0, which is NaN where one of those is not finite.
+
+    scaled_first: values are scaled before they are multiplied, so that one that overflows is infinite by then.
+    """
+    broken = np.isnan(values).any(1) | (scales[:, 0] == 255)
+    if scaled_first:
+        broken |= np.isinf(values).any(1)
+    values = values[:, : products.shape[1]]
+    np.testing.assert_allclose(products[~broken], values[~broken], rtol=2e-7, atol=2.0**-149)
+    assert not (np.isfinite(products) & ~np.isfinite(values)).any()
+
+
+@pytest.mark.parametrize("mode", linear.FLOATS)
+def test_every_code_of_an_element_and_of_a_scale_is_what_mlx_makes_of_it(mode):
+    """Unit vectors pick the elements out. Scales are from 2^-127 to infinity, or from 2^-9 to 448, either sign, and NaN."""
+    words, scales, values = codes(mode)
+    (n, k), (bits, group, dtype) = values.shape, linear.FLOATS[mode]
+    with Harness() as h, np.errstate(all="ignore"):
+        packed = h.pack(words, scales=scales, bits=bits, group_size=group, dtype=dtype, n=n, k=k)
+        same_codes(product(h, np.eye(k, dtype=np.float32), packed).T, scales, values)
+        program, out, first = Program(), h.empty((n, k)), params.MS_SLOT_FIRST
+        program.store(embedding.emit(program, first, k, n, bits, group, dtype, embeddings_slot=first + 1), first + 2, row_stride=k)
+        step = h.step(n, ids=range(n))
+        h.run(row_program.launches(program, step, [packed.buffer, step.embeddings, out], params.MS_ROWS_TOKENS, n), n)
+        np.testing.assert_array_equal(h.get(out), values)
+
+
+@pytest.mark.parametrize("mode", linear.FLOATS)
+@given(rows=st.integers(1, 40), threads=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=8, deadline=None)
+def test_a_row_of_products_with_floats_is_the_same_bits_alone_and_in_any_batch(mode, rows, threads, seed):
+    rng = np.random.default_rng(seed)
+    fields, _ = floats(rng, 80, 96, mode)
+    x = rng.standard_normal((rows, 96)).astype(np.float32)
+    with Harness(threads) as h:
+        packed = h.pack(**fields)
+        together = product(h, x, packed)
+        alone = np.concatenate([product(h, row[None], packed) for row in x])
+    np.testing.assert_array_equal(together, alone)
+
+
+@pytest.mark.parametrize("mode", linear.FLOATS)
+@pytest.mark.parametrize("value", [0.0, 1e-30, 1e30, np.nan, np.inf])
+def test_extreme_inputs_of_floats_stay_in_their_row(mode, value):
+    rng = np.random.default_rng(1)
+    fields, exact = floats(rng, 32, 64, mode)
+    x = rng.standard_normal((6, 64)).astype(np.float32)
+    with Harness() as h:
+        packed = h.pack(**fields)
+        clean = product(h, x, packed)
+        x[2, 33:] = value
+        got = product(h, x, packed)
+    np.testing.assert_array_equal(np.delete(got, 2, 0), np.delete(clean, 2, 0))
+    if np.isfinite(value):
+        assert (np.abs(got[2] - x[2] @ exact.T) <= floats_bound(x, exact, mode, "int16")[2]).all()
+    else:
+        assert not np.isfinite(got[2]).any()
 
 
 @pytest.mark.parametrize(("bits", "group"), [*AFFINE, (16, 0), (32, 0)])
@@ -257,6 +358,7 @@ def test_segments_of_different_widths_share_a_launch_and_read_sampled_rows(rows,
             (words, scales, biases), _ = affine(rng, n, k, bits, group)
             fields = dict(bits=bits, group_size=group, dtype=params.MS_FLOAT16, n=n, k=k, scales=scales, biases=biases)
             weights.append(h.pack(words, **fields))
+        weights += [h.pack(**floats(rng, n, k, mode)[0]) for n, mode in ((40, "mxfp4"), (33, "nvfp4"), (18, "mxfp8"))]
         first = linear.first_buffer_slot([[w] for w in weights])
         outs, segments = [h.empty((rows, w.n)) for w in weights], []
         for i, w in enumerate(weights):
@@ -398,6 +500,7 @@ DAMAGE = {
     "arithmetic": (11, 2, "arithmetic is 2, not an ms_arithmetic"),
     "weight's slot": (12, 99, "part 0 is in slot 99 of"),
     "bits": (14, 9, "bits are not"),
+    "scales of a byte": (16, params.MS_E4M3, "e8m0 scales are of 4 or 8 bits in groups of 32, e4m3 scales of 4 bits in groups of 16"),
     "segment's parts": (17, 1, "segment 0 has parts"),
     "segment's instructions": (20, 2, "segment 0 has instructions"),
     "registers": (21, 0, "segment 0 has 0 registers for the products of 1 parts"),

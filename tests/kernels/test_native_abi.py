@@ -13,7 +13,7 @@ from metalstep.kernels.params import ffi
 
 LIB = native._library()
 GARBAGE = st.sampled_from([0, 1, 2, 17, 0x1_0000_0001, 0x7FFF_FFFF_FFFF, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1)
-SIZED_BY_CONSTANTS = (b"step_load", b"add_rms_norm")  # buffers must be as long as their constants and grid say
+SIZED_BY_CONSTANTS = (b"step_load", b"add_rms_norm", b"limits")  # buffers must be as long as their constants and grid say
 SMALL = st.integers(0, 4) | st.sampled_from([2**31 - 1, 2**31, 2**32 - 1])
 
 

@@ -8,7 +8,7 @@ from metalstep.kernels import kv_write, params
 from metalstep.kernels.gpu import attention, library, linear, row_program, sample, step_advance, step_load
 from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer, Launch
-from metalstep.kernels.linear import Input, Norm, PackedWeight, Segment, first_buffer_slot
+from metalstep.kernels.linear import FLOATS, Input, Norm, PackedWeight, Segment, first_buffer_slot
 from metalstep.kernels.program import Program
 from metalstep.kernels.step import StepBuffers
 
@@ -23,7 +23,7 @@ PACKED = {
     "affine8-turbo3": (KVCodec("affine8"), KVCodec("turbo3")),
     "affine8-affine8": (KVCodec("affine8"), KVCodec("affine8")),
 }
-FORMATS = [*product((2, 3, 4, 5, 6, 8), (32, 64, 128)), (16, 0)]
+FORMATS = [*product((1, 2, 3, 4, 5, 6, 8), (32, 64, 128)), (16, 0)]
 ROWS = (1, 2, 3, 4, 16, 64)  # of plans: both sides of every change of kernel
 HEADS = [(4, 64), (3, 80), (4, 96), (2, 128), (1, 256)]  # query heads for each KV head, head_dim
 ENCODED = (16, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)  # elements of vectors, of each sort of Hadamard matrix
@@ -45,14 +45,14 @@ def step_buffers() -> StepBuffers:
     return StepBuffers(**{name: (buffer(64),) if name in grouped else buffer(64) for name in names})
 
 
-def linear_launches(bits: int, group: int, dtype: str, rows: int) -> list[Launch]:
-    """silu(gate) * up with a residual, the input normed where few rows ask for it."""
-    n, k, code = 96, 256, DTYPES[dtype]
+def linear_launches(bits: int, group: int, dtype: str, rows: int, floats: int | None = None) -> list[Launch]:
+    """silu(gate) * up with a residual, the input normed where few rows ask for it. floats: ms_dtype of scales of a byte."""
+    n, k, code = 96, 256, DTYPES[dtype] if floats is None else floats
     dense = bits >= 16
     width = (32 if dtype == "f32" else 16) if dense else bits
 
     def weight() -> PackedWeight:
-        planes = [] if dense else [buffer(n, k // group), buffer(n, k // group)]
+        planes = [] if dense else [buffer(n, k // group) for _ in range(2 if floats is None else 1)]
         return PackedWeight(buffer(n, k), n, k, width, group, code, *planes)
 
     weights, program = [weight(), weight()], Program(epilogue=True)
@@ -119,6 +119,8 @@ def instances() -> dict[str, Callable[[], list[Launch]]]:
     found: dict[str, Callable[[], list[Launch]]] = {}
     for (bits, group), dtype, rows in product(FORMATS, DTYPES, ROWS):
         found[f"linear-{bits}bit-g{group}-{dtype}-{rows}rows"] = lambda b=bits, g=group, d=dtype, r=rows: linear_launches(b, g, d, r)
+    for (mode, (bits, group, code)), rows in product(FLOATS.items(), ROWS):
+        found[f"linear-{mode}-{rows}rows"] = lambda b=bits, g=group, c=code, r=rows: linear_launches(b, g, "", r, c)
     pairs = {name: (codec, codec) for name, codec in CODECS.items()} | PACKED
     for (heads, dim), (name, codecs), variant in product(HEADS, pairs.items(), ("decode", "inside", "mixed")):
         found[f"attention-{variant}-{heads}x{dim}-{name}"] = lambda h=heads, n=dim, c=codecs, v=variant: attention_launches(h, n, c, v)

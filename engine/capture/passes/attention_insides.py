@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from metalstep.capture.graph import Graph, Node, Value
 from metalstep.capture.passes.fuse import fuse
@@ -86,7 +87,7 @@ def _differ(a: Node | None, b: Node | None) -> bool:
     return any(a.attrs[name] != b.attrs[name] for name in names) or a.inputs[1:] != b.inputs[1:]
 
 
-def _reads_only(value: Value, reader: Node, uses: dict) -> bool:
+def _reads_only(value: Value, reader: Node, uses: dict[Any, Any]) -> bool:
     for other, _ in uses[value]:
         behind = [r for r, _ in uses[other.out]] if other is not None and other.op == "view" else [other]
         if any(r is not reader for r in behind):

@@ -1,6 +1,8 @@
 """Constant folding: rope frequencies, ranges and masks that depend on nothing are computed once, not in every step."""
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 
@@ -39,7 +41,7 @@ def _constants(graph: Graph) -> list[Value]:
 
 
 def _share_equal(graph: Graph) -> None:
-    first: dict[tuple, Value] = {}
+    first: dict[tuple[Any, ...], Value] = {}
     same: dict[Value, Value] = {}
     for value in _constants(graph):
         assert value.data is not None

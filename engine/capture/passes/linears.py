@@ -1,6 +1,8 @@
 """Linears: products that read the same row at the same time become one launch with several weights, without copying weights."""
 from __future__ import annotations
 
+from typing import Any
+
 from metalstep.capture.graph import Graph, Node
 from metalstep.capture.passes.fuse import fuse
 from metalstep.capture.passes.kinds import EXPERT_MATMULS, MATMULS, depths, root
@@ -12,7 +14,7 @@ def linears(graph: Graph) -> Graph:
     attrs of `linear`: experts (whether weights are chosen by expert), body.
     """
     depth, uses = depths(graph), graph.uses()
-    groups: dict[tuple, list[Node]] = {}
+    groups: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.nodes:
         if node.op in MATMULS:
             groups.setdefault((*_format(node), depth[node]), []).append(node)
@@ -21,7 +23,7 @@ def linears(graph: Graph) -> Graph:
     return graph.sweep()
 
 
-def _format(node: Node) -> tuple:
+def _format(node: Node) -> tuple[Any, ...]:
     """What products of one launch must share: where x is, and how the weights are stored."""
     x = node.inputs[0]
     look = (x.node.attrs["offset"], x.shape, x.node.attrs["strides"]) if root(x) is not x and x.node else (0, x.shape[-1])

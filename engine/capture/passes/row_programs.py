@@ -1,6 +1,8 @@
 """Row programs: everything that is left between two heavy operations and stays in its row is one launch."""
 from __future__ import annotations
 
+from typing import Any
+
 from metalstep.capture.graph import Graph, Node
 from metalstep.capture.passes.fuse import fuse
 from metalstep.capture.passes.kinds import depths, is_row_node
@@ -16,7 +18,7 @@ def row_programs(graph: Graph) -> Graph:
         readers = [reader for v in node.outputs for reader, _ in uses[v]]
         if is_row_node(node) and node.op != "kv_write" and readers and all(r and is_row_node(r) for r in readers):
             depth[node] = min(depth[r] for r in readers if r)
-    levels: dict[tuple, list[Node]] = {}
+    levels: dict[tuple[Any, ...], list[Node]] = {}
     for node in graph.nodes:
         if is_row_node(node):
             rows = {v.rows for v in node.outputs}

@@ -23,7 +23,7 @@ class _Views:
     def __init__(self, graph: Graph):
         self.graph = graph
         self.looks: dict[Value, tuple[Value, int, list[int]]] = {}  # what, from where, with which strides
-        self.made: dict[tuple, Value] = {}
+        self.made: dict[tuple[Any, ...], Value] = {}
 
     def run(self) -> Graph:
         for node in self.graph.nodes:

@@ -27,6 +27,7 @@ static const ms_host_kernel kernels[] = {
     {"step_advance", MS_SETS(ms_step_advance), ms_step_advance_prepare},
     {"step_load", MS_SETS(ms_step_load), ms_step_load_prepare},
     {"add_rms_norm", MS_SETS(ms_add_rms_norm), ms_add_rms_norm_prepare},
+    {"limits", MS_SETS(ms_limits), ms_limits_prepare},
 };
 static const char *const isa_names[MS_ISA_COUNT] = {"portable", "neon", "avx2", "avx512"};
 

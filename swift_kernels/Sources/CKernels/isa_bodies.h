@@ -1,6 +1,7 @@
 // The kernels, in the order in which they need each other. Included once per instruction set.
 #include "vec.h"
 #include "hadamard_body.h"
+#include "floats_body.h"
 #include "panel_body.h"
 #include "kv_encode_body.h"
 #include "row_ops_body.h"
@@ -22,3 +23,4 @@
 #include "step_advance_body.h"
 #include "step_load_body.h"
 #include "add_rms_norm_body.h"
+#include "limits_body.h"

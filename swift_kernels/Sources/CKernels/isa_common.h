@@ -19,7 +19,8 @@
   void ms_sample_##isa(const ms_host_args *);       \
   void ms_step_advance_##isa(const ms_host_args *); \
   void ms_step_load_##isa(const ms_host_args *);    \
-  void ms_add_rms_norm_##isa(const ms_host_args *);
+  void ms_add_rms_norm_##isa(const ms_host_args *); \
+  void ms_limits_##isa(const ms_host_args *);
 MS_DECLARE_KERNELS(avx512)
 MS_DECLARE_KERNELS(avx2)
 MS_DECLARE_KERNELS(neon)

@@ -1,5 +1,5 @@
 // Activations as a linear's tiles read them. A row has one stream for each group size that the launch's weights use,
-// and one of float32 for its dense weights.
+// and one of float32 for its dense weights and those of 8-bit floats.
 //
 // A quantised stream is, for each group, an MSActivationGroup, then its integers v in quads of 8 bytes
 // (linear_dot_body.h); x is scale * v.
@@ -8,7 +8,9 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum ms_stream { MS_STREAM_DENSE = 0, MS_STREAM_32 = 1, MS_STREAM_64 = 2, MS_STREAM_128 = 3, MS_STREAMS = 4 };
+#include "panel.h"
+
+enum ms_stream { MS_STREAM_DENSE, MS_STREAM_16, MS_STREAM_32, MS_STREAM_64, MS_STREAM_128, MS_STREAMS };
 
 typedef struct {
   float scale;
@@ -17,13 +19,15 @@ typedef struct {
   int32_t reserved;
 } MSActivationGroup;
 
-static inline uint32_t ms_stream_of(uint32_t group_size) {
-  return group_size == 0    ? MS_STREAM_DENSE
-         : group_size == 32 ? MS_STREAM_32
-         : group_size == 64 ? MS_STREAM_64
-                            : MS_STREAM_128;
+// Of what a weight is multiplied with.
+static inline uint32_t ms_stream_of(const MSLinearPart *part) {
+  if (part->group_size == 0 || (part->bits == 8 && ms_is_floats(part->dtype))) return MS_STREAM_DENSE;
+  return part->group_size == 16   ? MS_STREAM_16
+         : part->group_size == 32 ? MS_STREAM_32
+         : part->group_size == 64 ? MS_STREAM_64
+                                  : MS_STREAM_128;
 }
-static inline uint32_t ms_stream_group(uint32_t stream) { return stream == MS_STREAM_DENSE ? 0 : 16u << stream; }
+static inline uint32_t ms_stream_group(uint32_t stream) { return stream == MS_STREAM_DENSE ? 0 : 8u << stream; }
 
 // Bytes of a row of k elements, a multiple of 64.
 static inline size_t ms_stream_bytes(uint32_t stream, uint32_t k) {

@@ -67,10 +67,15 @@ static const uint8_t MS_NAME(quad_bytes)[2][64] = {
 #undef MS_SECOND_HIGH
 };
 
+// 16 integers of a group (all: whether it is finite).
+MS_VEC __m512i nearest(const float *x, __m512 inverse, __mmask16 all) {
+  const __m512 magic = _mm512_set1_ps(MS_ROUNDING), bits = _mm512_fmadd_ps(_mm512_loadu_ps(x), inverse, magic);
+  return _mm512_maskz_sub_epi32(all, _mm512_castps_si512(bits), _mm512_castps_si512(magic));
+}
+
 MS_VEC void quantise_four(const float *x, uint32_t group_size, int planes, uint8_t *to) {
   const size_t step = sizeof(MSActivationGroup) + (size_t)group_size * 2;
   const __m512i quads = _mm512_loadu_si512(MS_NAME(quad_bytes)[planes - 1]);
-  const __m512 magic = _mm512_set1_ps(MS_ROUNDING);
   __m512i each[4];
   for (uint32_t g = 0; g < 4; ++g) {
     i32x16 most = 0;
@@ -87,16 +92,23 @@ MS_VEC void quantise_four(const float *x, uint32_t group_size, int planes, uint8
   const __m512 inverse = _mm512_broadcast_f32x4(_mm_maskz_div_ps(finite, limit, most));
   const __m512 inverses[4] = {_mm512_permute_ps(inverse, 0x00), _mm512_permute_ps(inverse, 0x55),
                               _mm512_permute_ps(inverse, 0xaa), _mm512_permute_ps(inverse, 0xff)};
-  for (uint32_t g = 0; g < 4; ++g) {
+  for (uint32_t g = 0; group_size < MS_BLOCK && g < 4; g += 2) {  // two groups are what packs together
+    each[g] = nearest(x + g * group_size, inverses[g], finite >> g & 1 ? 0xffff : 0);
+    each[g + 1] = nearest(x + (g + 1) * group_size, inverses[g + 1], finite >> (g + 1) & 1 ? 0xffff : 0);
+    const __m512i v = _mm512_packs_epi32(each[g], each[g + 1]);
+    const __m512i other = planes == 2 ? _mm512_add_epi16(v, _mm512_set1_epi16(128)) : _mm512_setzero_si512();
+    const __m512i both = _mm512_permutex2var_epi8(v, quads, other);
+    uint8_t *at = to + g * step + sizeof(MSActivationGroup);
+    _mm256_storeu_si256((__m256i *)(void *)at, _mm512_castsi512_si256(both));
+    _mm256_storeu_si256((__m256i *)(void *)(at + step), _mm512_extracti64x4_epi64(both, 1));
+  }
+  for (uint32_t g = 0; group_size >= MS_BLOCK && g < 4; ++g) {
     const __mmask16 all = finite >> g & 1 ? 0xffff : 0;
     uint8_t *at = to + g * step + sizeof(MSActivationGroup);
     each[g] = _mm512_setzero_si512();
     for (uint32_t i = 0; i < group_size; i += MS_BLOCK, at += 2 * MS_BLOCK) {
       const float *from = x + g * group_size + i;
-      const __m512 low_bits = _mm512_fmadd_ps(_mm512_loadu_ps(from), inverses[g], magic);
-      const __m512 high_bits = _mm512_fmadd_ps(_mm512_loadu_ps(from + 16), inverses[g], magic);
-      const __m512i low = _mm512_maskz_sub_epi32(all, _mm512_castps_si512(low_bits), _mm512_castps_si512(magic));
-      const __m512i high = _mm512_maskz_sub_epi32(all, _mm512_castps_si512(high_bits), _mm512_castps_si512(magic));
+      const __m512i low = nearest(from, inverses[g], all), high = nearest(from + 16, inverses[g], all);
       const __m512i v = _mm512_packs_epi32(low, high);
       const __m512i other = planes == 2 ? _mm512_add_epi16(v, _mm512_set1_epi16(128)) : _mm512_setzero_si512();
       each[g] = _mm512_dpwssd_epi32(each[g], v, _mm512_set1_epi16(1));
@@ -135,9 +147,11 @@ static void MS_NAME(quantise_row)(const float *x, uint32_t k, uint32_t group_siz
   if (group_size == (size) && (arithmetic == MS_ARITHMETIC_INT16) == ((planes) == 2)) { \
     quantise_groups(x, k, size, planes, to);                                            \
   }
+  MS_QUANTISE(16, 2)
   MS_QUANTISE(32, 2)
   MS_QUANTISE(64, 2)
   MS_QUANTISE(128, 2)
+  MS_QUANTISE(16, 1)
   MS_QUANTISE(32, 1)
   MS_QUANTISE(64, 1)
   MS_QUANTISE(128, 1)

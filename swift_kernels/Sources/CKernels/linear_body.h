@@ -60,7 +60,7 @@ static void MS_NAME(multiply)(const MS_NAME(linear) * l, const MSLinearPart *par
   const uint32_t k = l->c.params->k;
   const size_t stride = ms_panel_stride(k, part->bits, part->group_size, part->dtype);
   const uint8_t *panels = (const uint8_t *)l->args->buffers[part->slot] + first * stride;
-  const uint8_t *x = l->activations + row * l->streams.row_bytes + l->streams.offset[ms_stream_of(part->group_size)];
+  const uint8_t *x = l->activations + row * l->streams.row_bytes + l->streams.offset[ms_stream_of(part)];
   const bool dense = ms_is_dense(part->bits);
   const MS_NAME(linear_tile_function) *tiles = MS_NAME(tiles_of)(part, l->c.params->arithmetic);
   // Several tiles: a few panels at a time, which the later tiles find in the first-level cache.

@@ -110,9 +110,9 @@ MS_VEC ms_words words_of_quad(const uint8_t *block, uint32_t bits, int quad) {
     return w;
 #endif
   }
-  const uint32_t low_bits = bits >= 4 ? 4 : 2, high_bits = bits - low_bits;
-  const int low_quads = bits >= 4 ? 2 : 4;  // quads in a line
-  const uint32_t low_mask = bits >= 4 ? 0x0f0f0f0f : 0x03030303;
+  const uint32_t low_bits = bits >= 4 ? 4 : bits >= 2 ? 2 : 1, high_bits = bits - low_bits;
+  const int low_quads = bits >= 4 ? 2 : bits >= 2 ? 4 : 8;  // quads in a line
+  const uint32_t low_mask = bits >= 4 ? 0x0f0f0f0f : bits >= 2 ? 0x03030303 : 0x01010101;
   const ms_words low =
       load_words(block + quad / low_quads * 64) >> (low_bits * (uint32_t)(quad % low_quads)) & low_mask;
   if (high_bits == 0) return low;
@@ -124,17 +124,9 @@ MS_VEC ms_words words_of_quad(const uint8_t *block, uint32_t bits, int quad) {
   return low | ((shift >= 0 ? line << shift : line >> -shift) & high_mask);
 }
 
-// Lanes [0, MS_LANES) of scales of `dtype`.
-MS_VEC ms_floats load_scales(const uint8_t *p, uint32_t dtype) {
-  if (dtype == MS_FLOAT32) {
-    ms_floats f;
-    __builtin_memcpy(&f, p, sizeof f);
-    return f;
-  }
-  typedef uint16_t halves __attribute__((ext_vector_type(MS_LANES)));
-  halves h;
-  __builtin_memcpy(&h, p, sizeof h);
-  if (dtype == MS_BFLOAT16) return __builtin_bit_cast(ms_floats, __builtin_convertvector(h, ms_words) << 16);
+typedef uint16_t ms_halves __attribute__((ext_vector_type(MS_LANES)));  // bits of float16 or bfloat16
+
+MS_VEC ms_floats floats_of_f16(ms_halves h) {
 #if defined(MS_ISA_IS_AVX512)
   return (ms_floats)_mm512_cvtph_ps(__builtin_bit_cast(__m256i, h));
 #elif defined(MS_ISA_IS_AVX2)
@@ -148,6 +140,19 @@ MS_VEC ms_floats load_scales(const uint8_t *p, uint32_t dtype) {
   const ms_words bits = special ? magnitude | 0x7f800000 : __builtin_bit_cast(ms_words, finite);
   return __builtin_bit_cast(ms_floats, bits | (wide & 0x8000) << 16);
 #endif
+}
+
+// Lanes [0, MS_LANES) of scales of `dtype`.
+MS_VEC ms_floats load_scales(const uint8_t *p, uint32_t dtype) {
+  if (dtype == MS_FLOAT32) {
+    ms_floats f;
+    __builtin_memcpy(&f, p, sizeof f);
+    return f;
+  }
+  ms_halves h;
+  __builtin_memcpy(&h, p, sizeof h);
+  if (dtype == MS_BFLOAT16) return __builtin_bit_cast(ms_floats, __builtin_convertvector(h, ms_words) << 16);
+  return floats_of_f16(h);
 }
 
 // Writes 16 integers as four quads.

@@ -56,9 +56,10 @@ typedef struct {
 } ms_linear_streams;
 
 static inline ms_linear_streams ms_linear_streams_of(const ms_linear_constants *c) {
-  ms_linear_streams streams = {{SIZE_MAX, SIZE_MAX, SIZE_MAX, SIZE_MAX}, 0};
+  ms_linear_streams streams = {.row_bytes = 0};
+  for (uint32_t i = 0; i < MS_STREAMS; ++i) streams.offset[i] = SIZE_MAX;
   for (uint32_t i = 0; i < c->params->parts; ++i) {
-    const uint32_t stream = ms_stream_of(c->parts[i].group_size);
+    const uint32_t stream = ms_stream_of(&c->parts[i]);
     if (streams.offset[stream] != SIZE_MAX) continue;
     streams.offset[stream] = streams.row_bytes;
     streams.row_bytes += ms_stream_bytes(stream, c->params->k);

@@ -83,6 +83,7 @@ MS_VEC void tile_panel(const MS_NAME(linear_tile) * t, const uint8_t *panel, flo
 #define MS_TILES(bits) \
   MS_TILE(bits, 1, 1)  \
   MS_TILE(bits, 1, 2) MS_TILE(bits, 1, 4) MS_TILE(bits, 2, 1) MS_TILE(bits, 2, 2) MS_TILE(bits, 2, 4)
+MS_TILES(1)
 MS_TILES(2)
 MS_TILES(3)
 MS_TILES(4)
@@ -91,6 +92,7 @@ MS_TILES(6)
 MS_TILES(8)
 #if MS_TILE_ROWS == 8
 #define MS_WIDE_TILES(bits) MS_TILE(bits, 1, 8) MS_TILE(bits, 2, 8)
+MS_WIDE_TILES(1)
 MS_WIDE_TILES(2)
 MS_WIDE_TILES(3)
 MS_WIDE_TILES(4)
@@ -147,6 +149,8 @@ MS_DENSES(8)
 #undef MS_DENSE
 #undef MS_DENSES
 
+#include "linear_floats_body.h"
+
 // ---- choice ---------------------------------------------------------------------------------------------------------
 typedef void (*MS_NAME(linear_tile_function))(const MS_NAME(linear_tile) *);
 
@@ -158,13 +162,15 @@ typedef void (*MS_NAME(linear_tile_function))(const MS_NAME(linear_tile) *);
 #endif
 // By arithmetic and bits, then log2 of the rows.
 static const MS_NAME(linear_tile_function) MS_NAME(affine_tiles)[2][9][4] = {
-    [MS_ARITHMETIC_INT16] = {[2] = MS_ROW_OF(2_2),
+    [MS_ARITHMETIC_INT16] = {[1] = MS_ROW_OF(1_2),
+                             [2] = MS_ROW_OF(2_2),
                              [3] = MS_ROW_OF(3_2),
                              [4] = MS_ROW_OF(4_2),
                              [5] = MS_ROW_OF(5_2),
                              [6] = MS_ROW_OF(6_2),
                              [8] = MS_ROW_OF(8_2)},
-    [MS_ARITHMETIC_INT8] = {[2] = MS_ROW_OF(2_1),
+    [MS_ARITHMETIC_INT8] = {[1] = MS_ROW_OF(1_1),
+                            [2] = MS_ROW_OF(2_1),
                             [3] = MS_ROW_OF(3_1),
                             [4] = MS_ROW_OF(4_1),
                             [5] = MS_ROW_OF(5_1),
@@ -174,10 +180,18 @@ static const MS_NAME(linear_tile_function) MS_NAME(affine_tiles)[2][9][4] = {
 // By ms_dtype.
 static const MS_NAME(linear_tile_function) MS_NAME(dense_tiles)[3][4] = {
     [MS_FLOAT32] = MS_ROW_OF(f32), [MS_FLOAT16] = MS_ROW_OF(f16), [MS_BFLOAT16] = MS_ROW_OF(bf16)};
+// By arithmetic and whether groups have 16 elements, not 32.
+static const MS_NAME(linear_tile_function) MS_NAME(fp4_tiles)[2][2][4] = {
+    [MS_ARITHMETIC_INT16] = {MS_ROW_OF(fp4_32_2), MS_ROW_OF(fp4_16_2)},
+    [MS_ARITHMETIC_INT8] = {MS_ROW_OF(fp4_32_1), MS_ROW_OF(fp4_16_1)},
+};
+static const MS_NAME(linear_tile_function) MS_NAME(fp8_tiles)[4] = MS_ROW_OF(fp8);
 #undef MS_ROW_OF
 #undef MS_UNROLL
 
 // The functions of one part for 1, 2, 4 (and 8) rows.
 MS_VEC const MS_NAME(linear_tile_function) * MS_NAME(tiles_of)(const MSLinearPart *part, uint32_t arithmetic) {
-  return ms_is_dense(part->bits) ? MS_NAME(dense_tiles)[part->dtype] : MS_NAME(affine_tiles)[arithmetic][part->bits];
+  if (ms_is_dense(part->bits)) return MS_NAME(dense_tiles)[part->dtype];
+  if (!ms_is_floats(part->dtype)) return MS_NAME(affine_tiles)[arithmetic][part->bits];
+  return part->bits == 8 ? MS_NAME(fp8_tiles) : MS_NAME(fp4_tiles)[arithmetic][part->group_size == 16];
 }

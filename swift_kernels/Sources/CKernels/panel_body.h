@@ -15,7 +15,7 @@ MS_VEC float MS_NAME(panel_element)(const uint8_t *p, uint32_t dtype) {
 
 // The 32 q of a row in a block: its first word is at `words`.
 MS_VEC void MS_NAME(block_row)(const uint8_t *words, uint32_t bits, uint8_t q[MS_BLOCK]) {
-  const uint32_t low = bits == 8 ? 8 : bits >= 4 ? 4 : 2, planes[2] = {low, bits - low};
+  const uint32_t low = bits == 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1, planes[2] = {low, bits - low};
   uint32_t shift = 0;
   uint32_t quads[8] = {0};
   for (int plane = 0; plane < 2; ++plane) {
@@ -42,7 +42,10 @@ static void MS_NAME(panel_row)(const void *panels, uint32_t row, uint32_t k, uin
     for (uint32_t i = 0; i < k; ++i) out[i] = MS_NAME(panel_element)(w + (i * MS_PANEL_ROWS + lane) * element, dtype);
     return;
   }
-  typedef uint8_t u8x16 __attribute__((ext_vector_type(16)));
+  if (ms_is_floats(dtype)) {
+    MS_NAME(floats_row)(w, lane, k, bits, group_size, out);
+    return;
+  }
   for (uint32_t i = 0; i < k; i += group_size) {
     const f32x16 scale = vsplat(MS_NAME(panel_element)(w + lane * element, dtype));
     const f32x16 bias = vsplat(MS_NAME(panel_element)(w + scale_bytes + lane * element, dtype));

@@ -13,5 +13,6 @@ MS_PREPARE(sample);
 MS_PREPARE(step_advance);
 MS_PREPARE(step_load);
 MS_PREPARE(add_rms_norm);
+MS_PREPARE(limits);
 
 #endif

@@ -89,7 +89,7 @@ INLINE uint8_t *write_plane(const uint32_t quads[8][MS_PANEL_ROWS], uint32_t wid
 INLINE uint8_t *write_block(const uint8_t q[MS_PANEL_ROWS][MS_BLOCK], uint32_t bits, uint8_t *to) {
   uint32_t quads[8][MS_PANEL_ROWS];
   transpose_block(q, quads);
-  const uint32_t low = bits == 8 ? 8 : bits >= 4 ? 4 : 2;
+  const uint32_t low = bits == 8 ? 8 : bits >= 4 ? 4 : bits >= 2 ? 2 : 1;
   to = write_plane((const uint32_t (*)[MS_PANEL_ROWS])quads, low, 0, to);
   if (bits > low) to = write_plane((const uint32_t (*)[MS_PANEL_ROWS])quads, bits - low, low, to);
   return to;
@@ -155,6 +155,47 @@ INLINE void pack_affine(const MSWeightSource *s, const panel_rows *rows, uint32_
         words[r] += block_bytes;
       }
       to = write_block((const uint8_t (*)[MS_BLOCK])q, bits, to);
+    }
+  }
+}
+
+// ---- MLX's floats of 4 and 8 bits: elements as affine q, a byte of scale per group ----------------------------------
+INLINE void pack_floats(const MSWeightSource *s, const panel_rows *rows, uint32_t bits, uint8_t *to) {
+  const size_t groups = s->k / s->group_size, row_bytes = (size_t)s->k / 8 * bits;
+  const uint8_t *words[MS_PANEL_ROWS], *scales[MS_PANEL_ROWS];
+  for (uint32_t r = 0; r < rows->count; ++r) {
+    words[r] = (const uint8_t *)s->data + rows->row[r] * row_bytes;
+    scales[r] = (const uint8_t *)s->scales + rows->row[r] * groups;
+  }
+  _Alignas(64) uint8_t q[MS_PANEL_ROWS][MS_BLOCK] = {{0}}, lines[4 * 64];
+  for (size_t g = 0; g < groups; g += MS_FLOATS_RUN) {
+    const size_t count = groups - g < MS_FLOATS_RUN ? groups - g : MS_FLOATS_RUN;
+    memset(to, 0, MS_FLOATS_LINE);
+    for (uint32_t r = 0; r < rows->count; ++r) {
+      for (size_t i = 0; i < count; ++i) to[i * MS_PANEL_ROWS + r] = scales[r][g + i];
+    }
+    to += MS_FLOATS_LINE;
+    for (size_t left = count * s->group_size; left > 0;) {
+      const size_t elements = bits == 8 ? 16 : left < MS_BLOCK ? left : MS_BLOCK, bytes = elements * bits / 8;
+      u8x16 row[MS_PANEL_ROWS] = {0};
+      for (uint32_t r = 0; r < rows->count; ++r) {
+        memcpy(&row[r], words[r], bytes);
+        words[r] += bytes;
+      }
+      if (bits == 8) {  // words of two elements
+        for (uint32_t r = 0; r < MS_PANEL_ROWS; r += 8) {
+          u16x8 a[8];
+          memcpy(a, row + r, sizeof a);
+          transpose8(a);
+          for (uint32_t i = 0; i < 8; ++i) memcpy(to + i * 32 + r * 2, &a[i], sizeof a[i]);
+        }
+      } else {
+        for (uint32_t r = 0; r < rows->count; ++r) read_block((const uint8_t *)&row[r], 4, q[r]);
+        write_block((const uint8_t (*)[MS_BLOCK])q, 4, lines);
+        memcpy(to, lines, elements * 8);
+      }
+      to += elements * 2 * bits;
+      left -= elements;
     }
   }
 }
@@ -257,7 +298,15 @@ static int pack_panel(const MSWeightSource *s, const panel_rows *rows, uint8_t *
     default:
       break;
   }
+  if (s->format == MS_WEIGHT_FLOATS) {
+    if (s->bits == 4) pack_floats(s, rows, 4, to);
+    if (s->bits == 8) pack_floats(s, rows, 8, to);
+    return -1;
+  }
   switch (s->bits) {
+    case 1:
+      pack_affine(s, rows, 1, to);
+      break;
     case 2:
       pack_affine(s, rows, 2, to);
       break;
@@ -305,8 +354,12 @@ static const char *check_format(const MSWeightSource *s) {
     case MS_WEIGHT_DENSE:
       return ms_is_dense(s->bits) ? NULL : "a dense source has 16 or 32 bits";
     case MS_WEIGHT_AFFINE:
-      if (ms_is_dense(s->bits)) return "an affine source has 2, 3, 4, 5, 6 or 8 bits";
+      if (ms_is_dense(s->bits)) return "an affine source has 1, 2, 3, 4, 5, 6 or 8 bits";
+      if (ms_is_floats(s->dtype)) return "an affine source has scales of float32, float16 or bfloat16";
       return s->scales && s->biases ? NULL : "an affine source needs scales and biases";
+    case MS_WEIGHT_FLOATS:
+      if (!ms_is_floats(s->dtype)) return "a source of floats has scales of e8m0 or e4m3";
+      return s->scales ? NULL : "a source of floats needs scales";
     case MS_WEIGHT_GGUF_Q4_0:
     case MS_WEIGHT_GGUF_Q4_1:
       bits = 4;
