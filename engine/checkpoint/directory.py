@@ -86,11 +86,21 @@ class DirectoryCheckpoint(Checkpoint):
             file.close()
 
 
+OTHER_MODELS = {  # by a file that is no language model's
+    "model_index.json": "this is a diffusers model, which makes images, expected a language model",
+    "adapter_config.json": "this is an adapter: `mlx_lm.fuse` puts it into the model that it was made for",
+}
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """config.json, with generation_config.json's end-of-sequence ids as mlx-lm takes them. Raises: CheckpointError."""
     if not (path / "config.json").is_file():
         gguf = sorted(path.glob("*.gguf"))
-        hint = f"pass the file {gguf[0].name} itself" if gguf else "expected the directory of an mlx-lm model"
+        if gguf:
+            hint = f"pass the file {gguf[0]} itself"
+        else:
+            others = (hint for name, hint in OTHER_MODELS.items() if (path / name).is_file())
+            hint = next(others, "expected the directory of an mlx-lm model")
         raise CheckpointError(f"{path}: no config.json; {hint}")
     try:
         config = mlx_lm_utils.load_config(path)
@@ -107,6 +117,11 @@ def weight_files(path: Path) -> list[Path]:
         return [path / name for name in _index(path)]
     files = sorted(path.glob("model*.safetensors")) or sorted(f for f in path.glob("*.safetensors") if f.name != KEY_MEANS)
     if not files:
+        if pickled := sorted(path.glob("pytorch_model*.bin")):
+            raise CheckpointError(
+                f"{path}: no .safetensors files, and {pickled[0].name} is a kind that is not read, as it may hold any program; take a "
+                "version with .safetensors files, or write them with transformers' save_pretrained"
+            )
         raise CheckpointError(f"{path}: no .safetensors files; download the weights, or convert them with `mlx_lm.convert`")
     return files
 

@@ -6,15 +6,20 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from metalstep.checkpoint.checkpoint import Checkpoint
 from metalstep.checkpoint.errors import CheckpointError
+from metalstep.checkpoint.gguf_architecture import Architecture
+from metalstep.checkpoint.gguf_config import read_config
 from metalstep.checkpoint.gguf_file import GGUFHeader, read_gguf
-from metalstep.checkpoint.gguf_names import ROPE_FACTORS, parameter_names, read_config, row_order
+from metalstep.checkpoint.gguf_metadata import Metadata
+from metalstep.checkpoint.gguf_names import find_architecture, parameter_names, row_order
+from metalstep.checkpoint.gguf_rope import ROPE_TENSORS
 from metalstep.checkpoint.gguf_tokenizer import Vocabulary, build_tokenizer, special_ids
 from metalstep.checkpoint.mapped_file import MappedFile
 from metalstep.checkpoint.skeleton import gguf_skeleton
-from metalstep.checkpoint.tensors import BlockPart, FileTensor, Tensor
+from metalstep.checkpoint.tensors import BlockPart, FileTensor, ShiftedTensor, Tensor
 
 
 class GGUFCheckpoint(Checkpoint):
@@ -32,8 +37,10 @@ class GGUFCheckpoint(Checkpoint):
 
     def _open(self, header: GGUFHeader) -> None:
         self.file_bytes = self._file.size
-        factors = self._tensor(ROPE_FACTORS, header) if ROPE_FACTORS in header.tensors else None
-        self.config = read_config(self.path, header, None if factors is None else factors.numpy())
+        metadata = Metadata(self.path, header.metadata)
+        architecture = find_architecture(metadata)
+        rope = {name: self._tensor(name, header).numpy() for name in ROPE_TENSORS if name in header.tensors}
+        self.config = read_config(metadata, header, architecture, rope)
         vocabulary = Vocabulary(self.path, header.metadata)
         self._vocabulary: Vocabulary | None = vocabulary
         if len(vocabulary.tokens) > self.config["vocab_size"]:
@@ -43,8 +50,8 @@ class GGUFCheckpoint(Checkpoint):
             )
         self.config.update(special_ids(vocabulary))
         tensors: dict[str, Tensor] = {}
-        for name, parameter in parameter_names(self.path, header).items():
-            weight = self._tensor(name, header, parameter)
+        for name, parameter in parameter_names(metadata, header, architecture).items():
+            weight = self._parameter(name, parameter, header, architecture)
             tensors[parameter] = weight
             if weight.format is not None:
                 base = parameter.removesuffix("weight")
@@ -52,10 +59,17 @@ class GGUFCheckpoint(Checkpoint):
                     tensors[base + part] = BlockPart(base + part, weight, part)
         self._tensors = tensors
 
-    def _tensor(self, name: str, header: GGUFHeader, parameter: str | None = None) -> FileTensor:
+    def _tensor(self, name: str, header: GGUFHeader) -> FileTensor:
         info = header.tensors[name]
-        order = None if parameter is None else row_order(self.config, info)
-        return FileTensor(parameter or name, info.shape, info.dtype, self._file, info.start, info.end, info.format, order)
+        return FileTensor(name, info.shape, info.dtype, self._file, info.start, info.end, info.format)
+
+    def _parameter(self, name: str, parameter: str, header: GGUFHeader, architecture: Architecture) -> FileTensor:
+        info = header.tensors[name]
+        order, shift = row_order(self.config, architecture, info), architecture.shift(name)
+        shape = (1, *info.shape) if len(info.shape) == 1 and name.split(".")[-2] in architecture.matrices else info.shape
+        if shift and info.format is None:
+            return ShiftedTensor(parameter, shape, info.dtype, self._file, info.start, info.end, shift)
+        return FileTensor(parameter, shape, info.dtype, self._file, info.start, info.end, info.format, order)
 
     def build(self) -> nn.Module:
         return gguf_skeleton(self.path, self.config, self.tensors)
@@ -64,10 +78,23 @@ class GGUFCheckpoint(Checkpoint):
         dtype = dtype or getattr(mx, self.config["torch_dtype"])
         arrays = {}
         for name, tensor in self.tensors.items():
-            array = mx.array(tensor.numpy())
-            arrays[name] = array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
+            if isinstance(tensor, BlockPart):  # comes with its words
+                continue
+            for part, values in self._values(name, tensor).items():
+                array = mx.array(values)
+                arrays[part] = array.astype(dtype) if mx.issubdtype(array.dtype, mx.floating) else array
             tensor.drop_pages()
         return arrays
+
+    def _values(self, name: str, tensor: Tensor) -> dict[str, np.ndarray]:
+        """A tensor as parameters by name: itself, or the three that its blocks make."""
+        if tensor.format is None:
+            return {name: tensor.numpy()}
+        assert isinstance(tensor, FileTensor)  # blocks come from files
+        parts, base = tensor.affine(), name.removesuffix("weight")
+        planes = {base + "scales": parts.scales, base + "biases": parts.biases}
+        shaped = {part: values.astype(np.float32).reshape(self.tensors[part].shape) for part, values in planes.items()}
+        return {name: parts.words.reshape(tensor.parameter_shape), **shaped}
 
     def tokenizer(self, overrides: dict[str, Any] | None = None) -> Any:
         vocabulary = self._vocabulary or Vocabulary(self.path, read_gguf(self._file).metadata)

@@ -23,11 +23,14 @@ SCALARS = {  # value type: struct format
     **{6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"},
 }
 PLAIN_TYPES = {0: ("F32", "float32", 4), 1: ("F16", "float16", 2), 30: ("BF16", "bfloat16", 2)}
-BLOCK_TYPES = {2: ("Q4_0", "q4_0"), 3: ("Q4_1", "q4_1"), 8: ("Q8_0", "q8_0")}
+BLOCK_TYPES = {
+    **{2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K"},
+    **{20: "IQ4_NL", 23: "IQ4_XS", 39: "MXFP4"},
+}
 OTHER_TYPES = {  # names for messages only
-    **{6: "Q5_0", 7: "Q5_1", 9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 15: "Q8_K"},
-    **{16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS"},
-    **{24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4"},
+    **{4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S"},
+    **{24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"},
+    **{34: "TQ1_0", 35: "TQ2_0", 36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8", 40: "NVFP4", 41: "Q1_0"},
 }
 
 
@@ -195,14 +198,17 @@ class _Reader:
             _, dtype, item = PLAIN_TYPES[kind]
             return math.prod(shape) * item, dtype, None
         if kind not in BLOCK_TYPES:
+            known = ", ".join([label for label, *_ in PLAIN_TYPES.values()] + list(BLOCK_TYPES.values()))
             raise CheckpointError(
-                f"{self.file.path}: tensor {name!r} has type {OTHER_TYPES.get(kind, kind)}, expected F32, F16, BF16, Q4_0, Q4_1 or "
-                "Q8_0; download or quantise the model in one of these (`llama-quantize model-f16.gguf out.gguf Q8_0`)"
+                f"{self.file.path}: tensor {name!r} has type {OTHER_TYPES.get(kind, kind)}, expected one of {known}; download the model "
+                "in one of these, or quantise it again from a file in 16 bits (`llama-quantize model-f16.gguf out.gguf Q4_K_M`)"
             )
-        label, format = BLOCK_TYPES[kind]
-        if not shape or shape[-1] % blocks.BLOCK_SIZE:
-            raise self.error(f"tensor {name!r} is {label} with shape {shape}, expected rows of a multiple of {blocks.BLOCK_SIZE}")
-        return math.prod(shape) // blocks.BLOCK_SIZE * blocks.FORMATS[format].nbytes, "float16", format
+        label = BLOCK_TYPES[kind]
+        format = label.lower()
+        spec = blocks.FORMATS[format]
+        if not shape or shape[-1] % spec.size:
+            raise self.error(f"tensor {name!r} is {label} with shape {shape}, expected rows of a multiple of {spec.size}")
+        return math.prod(shape) // spec.size * spec.nbytes, spec.dtype, format
 
     def error(self, what: str) -> CheckpointError:
         return CheckpointError(f"{self.file.path}: {what}; {DAMAGED}")

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from mlx_lm import utils as mlx_lm_utils
 
 from metalstep.checkpoint import blocks
 from metalstep.checkpoint.errors import CheckpointError
+from metalstep.checkpoint.foreign import foreign_error
 from metalstep.checkpoint.tensors import ComputedTensor, FileTensor, Tensor
 
 LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
@@ -48,15 +50,19 @@ def directory_skeleton(
         model, loaded = mlx_lm_utils.load_model(path, lazy=True, strict=False, model_config=config, get_model_classes=classes)
         del model.sanitize, model.load_weights
     except Exception as error:  # whatever mlx-lm's code for this model makes of a config or of names that it does not expect
-        raise _unbuildable(path, config, error) from error
+        raise (foreign_error(path, config, files, error) or _unbuildable(path, config, error)) from error
     config.update(loaded)
     names = {id(array): name for name, array in arrays.items()}
     tensors: dict[str, Tensor] = {}
     for parameter, array in parameters.items():
         source = files.get(names.get(id(array), ""))
         tensors[parameter] = source.renamed(parameter) if source else ComputedTensor(parameter, array)
-    check_parameters(path, model, tensors)
-    _clear(model, {parameter: array.dtype for parameter, array in parameters.items()})
+    try:
+        check_parameters(path, model, tensors)
+        check_dtypes(path, model, tensors)
+    except CheckpointError as error:
+        raise (foreign_error(path, config, files, error) or error) from None
+    clear_parameters(model, {parameter: array.dtype for parameter, array in parameters.items()})
     return model, tensors, parameters
 
 
@@ -68,17 +74,19 @@ def gguf_skeleton(path: Path, config: dict[str, Any], tensors: Mapping[str, Tens
         tensor = tensors.get(f"{layer}.weight")
         if tensor is None or tensor.format is None:
             return False
-        return {"group_size": blocks.BLOCK_SIZE, "bits": blocks.FORMATS[tensor.format].bits, "mode": "affine"}
+        return {"group_size": blocks.GROUP_SIZE, "bits": blocks.FORMATS[tensor.format].bits, "mode": "affine"}
 
     try:
         module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
         model = module.Model(module.ModelArgs.from_dict(config))
-        nn.quantize(model, group_size=blocks.BLOCK_SIZE, bits=4, class_predicate=quantised)
+        if hasattr(model, "sanitize"):  # where mlx-lm takes away layers that the checkpoint has no weights for
+            model.sanitize(dict.fromkeys(tensors, mx.zeros(())))
+        nn.quantize(model, group_size=blocks.GROUP_SIZE, bits=4, class_predicate=quantised)
         model.eval()
     except Exception as error:  # sizes that mlx-lm or MLX refuse
         raise _unbuildable(path, config, error) from error
     check_parameters(path, model, tensors)
-    _clear(model, {})
+    clear_parameters(model, {})
     return model
 
 
@@ -105,7 +113,21 @@ def check_parameters(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]
         )
 
 
-def _clear(model: nn.Module, dtypes: Mapping[str, mx.Dtype]) -> None:
+def check_dtypes(path: Path, model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raises: CheckpointError for integers where the model has floats, and other integers than it has: MLX would compute with them."""
+    for name, array in _parameters(model).items():
+        own, stored = str(array.dtype).removeprefix("mlx.core."), tensors[name].dtype
+        if mx.issubdtype(array.dtype, mx.floating):
+            if "float" not in stored:
+                raise CheckpointError(
+                    f"{path}: {name} is {stored} (the file's integers or 8-bit floats), expected float32, float16 or bfloat16; take the "
+                    "model's unquantised weights, or weights that `metalstep convert` or `mlx_lm.convert` has quantised"
+                )
+        elif stored != own:
+            raise CheckpointError(f"{path}: {name} is {stored}, expected {own} from the config; download or convert the model again")
+
+
+def clear_parameters(model: nn.Module, dtypes: Mapping[str, mx.Dtype]) -> None:
     """Replace every parameter by lazy zeros; floats are float32 where `dtypes` says nothing."""
     zeros = []
     for name, array in _parameters(model).items():
@@ -131,6 +153,11 @@ def _check_layers(path: Path, config: Mapping[str, Any], tensors: int) -> None:
 
 
 def _unbuildable(path: Path, config: Mapping[str, Any], error: Exception) -> CheckpointError:
+    if isinstance(error, ValueError) and isinstance(error.__cause__, ImportError):
+        return CheckpointError(
+            f"{path}: mlx-lm cannot make the {config.get('model_type')!r} model of this config: the type is not supported by mlx-lm "
+            f"{version('mlx-lm')}; update mlx-lm if a later version has it, or take a model of another type"
+        )
     return CheckpointError(
         f"{path}: mlx-lm cannot make the {config.get('model_type')!r} model of this config and these tensors "
         f"({type(error).__name__}: {str(error)[:400]}); check config.json, or convert the model with `mlx_lm.convert`"

@@ -26,7 +26,7 @@ class Tensor:
 
     shape: logical, so [n, k] for GGUF blocks; packed MLX weights are uint32 [n, k * bits / 32], as in their file.
     dtype: of an element as stored, e.g. "bfloat16"; of a block's scales when `format` is set.
-    format: None, or "q4_0", "q4_1", "q8_0" for GGUF blocks. row_order: int32 [n] or None; row i of the parameter is row
+    format: None, or one of blocks.FORMATS for GGUF blocks. row_order: int32 [n] or None; row i of the parameter is row
     row_order[i] of what is stored at `address()`. parameter_shape: of the mlx-lm parameter and of `numpy()`.
     """
 
@@ -107,26 +107,54 @@ class FileTensor(Tensor):
 
     def numpy(self) -> np.ndarray:
         if self.format is not None:
-            return blocks.words(self.blocks(), self.format).reshape(self.parameter_shape)
+            return self.affine().words.reshape(self.parameter_shape)
         stored = self.file.array(self.start, self.end)
         values = _to_float32(stored, self.dtype).reshape(self.shape)
         return values if self.row_order is None else values[self.row_order]
 
-    def blocks(self) -> np.ndarray:
-        """A copy of the blocks, rows in the model's order: uint8 [n, k / 32, nbytes]."""
-        rows = math.prod(self.shape[:-1])
-        stored = self.file.array(self.start, self.end).reshape(
-            rows, self.shape[-1] // blocks.BLOCK_SIZE, blocks.FORMATS[str(self.format)].nbytes
-        )
-        return stored.copy() if self.row_order is None else stored[self.row_order]
+    def affine(self, first: int = 0, count: int | None = None) -> blocks.Affine:
+        """GGUF blocks as MLX's triplet, made anew: rows [first, first + count) in the model's order, or all from `first` on.
+
+        Rows are those of [n, k], whatever axes come before k.
+        """
+        rows, spec = math.prod(self.shape[:-1]), blocks.FORMATS[str(self.format)]
+        stored = self.file.array(self.start, self.end).reshape(rows, self.shape[-1] // spec.size, spec.nbytes)
+        wanted = slice(first, rows if count is None else first + count)
+        if self.row_order is None:
+            return blocks.affine(stored[wanted], str(self.format))
+        return blocks.affine(stored, str(self.format), self.row_order[wanted])
+
+
+class ShiftedTensor(FileTensor):
+    """A small tensor without blocks that the file has with `shift` added to every element. Its values are in memory."""
+
+    def __init__(
+        self, name: str, shape: tuple[int, ...], dtype: str, file: MappedFile, start: int, end: int, shift: float
+    ):
+        super().__init__(name, shape, "float32", file, start, end)
+        self.stored_dtype = dtype
+        self.shift = shift
+        self._kept: np.ndarray | None = None
+
+    def numpy(self) -> np.ndarray:
+        stored = _to_float32(self.file.array(self.start, self.end), self.stored_dtype)
+        return (stored - np.float32(self.shift)).reshape(self.shape)
+
+    def address(self) -> int:
+        if self._kept is None:
+            self._kept = self.numpy()
+        return int(self._kept.ctypes.data)
+
+    def renamed(self, name: str) -> ShiftedTensor:
+        return ShiftedTensor(name, self.shape, self.stored_dtype, self.file, self.start, self.end, self.shift)
 
 
 class BlockPart(Tensor):
     """The scales or biases of a tensor of GGUF blocks, as MLX names them. They have no bytes of their own."""
 
     def __init__(self, name: str, weight: FileTensor, part: str):
-        shape = (*weight.shape[:-1], weight.shape[-1] // blocks.BLOCK_SIZE)
-        super().__init__(name, shape, "float16")
+        shape = (*weight.shape[:-1], weight.shape[-1] // blocks.GROUP_SIZE)
+        super().__init__(name, shape, weight.dtype)
         self._weight = weight
         self._part = part
 
@@ -140,9 +168,9 @@ class BlockPart(Tensor):
         )
 
     def numpy(self) -> np.ndarray:
-        stored = self._weight.blocks()
-        values = blocks.scales(stored) if self._part == "scales" else blocks.biases(stored, str(self._weight.format))
-        return values.reshape(self.shape)
+        parts = self._weight.affine()
+        values = parts.scales if self._part == "scales" else parts.biases
+        return values.astype(np.float32).reshape(self.shape)
 
 
 class ComputedTensor(Tensor):

@@ -73,7 +73,10 @@ def test_dense_models_are_read_in_place(tmp_path, dtype, shards):
     same_as_mlx_lm(save_model(tmp_path, LLAMA_CONFIG, parameters(make_model(LLAMA_CONFIG, dtype)), shards))
 
 
-@pytest.mark.parametrize(("mode", "group_size", "bits"), [("affine", 32, 4), ("affine", 64, 8), ("affine", 32, 3), ("mxfp4", 32, 4)])
+@pytest.mark.parametrize(
+    ("mode", "group_size", "bits"),
+    [("affine", 32, 4), ("affine", 64, 8), ("affine", 32, 3), ("mxfp4", 32, 4), ("nvfp4", 16, 4), ("mxfp8", 32, 8)],
+)
 def test_quantised_models_are_read_in_place(tmp_path, mode, group_size, bits):
     model, config = quantised({**LLAMA_CONFIG, "intermediate_size": 128}, mode, group_size, bits)
     same_as_mlx_lm(save_model(tmp_path, config, parameters(model)))
@@ -181,13 +184,82 @@ def edited(path, **changes):
         ({"tie_word_embeddings": False}, "the model needs lm_head.weight, missing"),
         ({"quantization": {"group_size": 32, "bits": 4, "model.norm": True}}, "mlx-lm cannot make|has shape|needs"),
         ({"quantization": 3}, "mlx-lm cannot make the 'llama' model"),
-        ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, "cannot make .*Only bits=3"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 3}},
+            r"quantised by gptq \(bits 3\), of which mlx-lm reads 4 bits .*Only bits=3.*; take",
+        ),
+        (
+            {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}},
+            r"quantised by compressed-tensors \(format float-quantized\), of which mlx-lm reads .*pack-quantized",
+        ),
+        ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, r"quantised by modelopt \(quant_algo FP8\)"),
         ({"model_file": "evil.py"}, "trust_remote_code"),
     ],
 )
 def test_configs_that_do_not_fit_are_refused(valid, changes, text):
     edited(valid, **changes)
     with pytest.raises(CheckpointError, match=text):
+        opens(valid)
+
+
+def projections(weights, change):
+    """The weights with `change(name, array)` in place of each projection."""
+    return {
+        new: made
+        for name, array in weights.items()
+        for new, made in (change(name, array) if name.endswith("proj.weight") else {name: array}).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("method", "change", "text"),
+    [
+        (
+            {"quant_method": "fp8", "weight_block_size": [128, 128]},
+            lambda name, a: {name: mx.zeros(a.shape, mx.uint8), f"{name}_scale_inv": mx.ones((1, 1))},
+            r"quantised by fp8 \(weight_block_size \[128, 128\]\), of which mlx-lm reads blocks of 32x32",
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            lambda name, a: {name: mx.zeros((a.size // 2, 1), mx.uint8), f"{name}.absmax": mx.ones((4,))},
+            r"quantised by bitsandbytes, which mlx-lm does not read \(the model has no place for .*; take the model's unquantised weights",
+        ),
+        (None, lambda name, a: {f"{name}.absmax": mx.ones((4,)), name: a}, "quantised by bitsandbytes"),
+        (
+            {"quant_method": "gptq", "bits": 4},
+            lambda name, a: {name: a, name.replace("weight", "g_idx"): mx.zeros((4,), mx.int32)},
+            r"quantised by gptq \(bits 4\), of which mlx-lm reads 4 bits without act-order",
+        ),
+        (None, lambda name, a: {name: mx.zeros(a.shape, mx.uint8)}, r"proj.weight is uint8 .*expected float32, float16 or bfloat16; take"),
+        (None, lambda name, a: {name: mx.zeros(a.shape, mx.int8)}, "proj.weight is int8 .*expected float32"),
+    ],
+)
+def test_checkpoints_that_other_tools_have_quantised_are_named(tmp_path, method, change, text):
+    config = LLAMA_CONFIG if method is None else {**LLAMA_CONFIG, "quantization_config": method}
+    save_model(tmp_path, config, projections(parameters(make_model(LLAMA_CONFIG, mx.bfloat16)), change))
+    with pytest.raises(CheckpointError, match=text):
+        opens(tmp_path)
+
+
+def test_a_foreign_quantisation_in_the_config_of_plain_weights_does_not_matter(tmp_path):
+    """What merging a fine-tune of a quantised model leaves behind."""
+    config = {**LLAMA_CONFIG, "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    opens(save_model(tmp_path, config, parameters(make_model(LLAMA_CONFIG, mx.bfloat16))))
+
+
+def test_packed_weights_of_another_dtype_are_refused(tmp_path):
+    model, config = quantised(LLAMA_CONFIG)
+    weights = projections(parameters(model), lambda name, a: {name: a.astype(mx.int32)})
+    with pytest.raises(CheckpointError, match=r"proj.weight is int32, expected uint32 from the config; download"):
+        opens(save_model(tmp_path, config, weights))
+
+
+def test_a_float_that_no_reader_knows_is_refused_by_name(valid):
+    file = valid / "model-00001-of-00002.safetensors"
+    data = file.read_bytes()
+    assert data.count(b'"dtype":"F32"') > 0
+    file.write_bytes(data.replace(b'"dtype":"F32"', b'"dtype":"F4" ', 1))
+    with pytest.raises(CheckpointError, match=r"has dtype 'F4', expected one of .*; convert the model"):
         opens(valid)
 
 
@@ -211,6 +283,12 @@ def index(path, mapping):
         (lambda path: index(path, {"weight_map": {"a": "x\0"}}), "expected one in the same directory"),
         (lambda path: (path / "model.safetensors.index.json").write_text("{"), "index.json: cannot be read"),
         (lambda path: [file.unlink() for file in path.glob("model*")], "no .safetensors files; download the weights"),
+        (lambda path: (path / "config.json").rename(path / "model_index.json"), "no config.json; this is a diffusers model"),
+        (lambda path: (path / "config.json").rename(path / "adapter_config.json"), "no config.json; this is an adapter: `mlx_lm.fuse`"),
+        (
+            lambda path: [file.rename(path / f"pytorch_model{i}.bin") for i, file in enumerate(path.glob("model*"))],
+            "no .safetensors files, and pytorch_model0.bin is a kind that is not read",
+        ),
     ],
 )
 def test_incomplete_directories_are_refused(valid, damage, text):
@@ -228,7 +306,7 @@ def test_a_tensor_in_two_files_is_refused(valid):
 
 def test_a_directory_with_a_gguf_file_says_to_pass_the_file(tmp_path):
     (tmp_path / "a.gguf").touch()
-    with pytest.raises(CheckpointError, match=r"pass the file a\.gguf itself"):
+    with pytest.raises(CheckpointError, match=r"pass the file .*/a\.gguf itself"):
         open_checkpoint(tmp_path)
 
 

@@ -114,6 +114,20 @@ def test_every_end_of_turn_token_stops_generation(tmp_path):
         assert checkpoint.tokenizer().eos_token_ids == {0, 2, 5}
 
 
+def test_a_tokenizer_with_an_end_adds_it_and_a_chat_does_not_double_the_beginning(tmp_path):
+    wrapped = tokenizer(tmp_path, {"chat_template": "{{ bos_token }}" + TEMPLATE}, tokenizer__ggml__add_bos_token=True)
+    ids = wrapped.apply_chat_template([{"role": "user", "content": "the"}])
+    text = wrapped.apply_chat_template([{"role": "user", "content": "the"}], tokenize=False)
+    assert ids == wrapped.encode(text, add_special_tokens=False) == [1, 1, *wrapped.encode("the", add_special_tokens=False), 2]
+    assert tokenizer(tmp_path, tokenizer__ggml__add_eos_token=True).encode("the")[-1] == 2
+
+
+def test_a_token_that_ends_a_turn_is_special_whatever_its_type(tmp_path):
+    wrapped = tokenizer(tmp_path, tokenizer__ggml__token_type=[1, 3, 4] + [1] * (len(TOKENS) - 3))
+    assert wrapped.encode("<|endoftext|>the<|im_end|>") == [0, *wrapped.encode("the"), 2]
+    assert wrapped.decode([0, 2], skip_special_tokens=True) == ""
+
+
 def test_whole_words_ignore_merges_in_llama_bpe(tmp_path):
     tokens = [*TOKENS[:-1], "zzz"]
     words = {"tokenizer__ggml__tokens": tokens, "tokenizer__ggml__merges": MERGES[:2], "tokenizer__ggml__add_bos_token": False}
@@ -142,8 +156,8 @@ def test_overrides_replace_the_files_own(tmp_path):
 @pytest.mark.parametrize(
     ("metadata", "text"),
     [
-        ({"model": "llama"}, "tokenizer is 'llama' with pre-tokenizer 'smollm', expected 'gpt2' with one of gpt-2, smollm"),
-        ({"pre": "tekken"}, "'gpt2' with pre-tokenizer 'tekken'"),
+        ({"model": "bert"}, "tokenizer.ggml.model is 'bert', expected one of gpt2, llama, gemma4; use an mlx-lm directory"),
+        ({"pre": "jina-v2-de"}, "pre-tokenizer .* is 'jina-v2-de', expected one of default, gpt-2, .*; use an mlx-lm directory"),
         ({"model": None}, "tokenizer.ggml.model is missing, expected a str"),
         ({"tokens": None}, "tokenizer.ggml.tokens is missing, expected a list"),
         ({"tokens": [1, 2]}, "tokenizer.ggml.tokens is a ndarray"),
