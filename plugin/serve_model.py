@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -20,9 +19,14 @@ from typing import Any
 from metalstep import __version__
 from metalstep.cache_folder import cache_folder
 from metalstep.cli.errors import CommandError, report, split_hint
+from metalstep.hub.cache import cached_model
+from metalstep.hub.client import Hub
+from metalstep.hub.describe import damage
+from metalstep.hub.download import find
+from metalstep.hub.errors import HubError
+from metalstep.hub.names import expected, hub_name
 from metalstep.packaged_models import PACKAGED, not_installed, packaged_file
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # metalstep.checkpoint.source.HUB_ID
 FAILED = 3  # exit status of this module as a program when the file cannot be used; stderr has the error
 
 
@@ -52,25 +56,35 @@ def find_model(name: str) -> ServeModel:
             gguf = sorted(path.glob("*.gguf"))
             hint = f"pass the file {gguf[0]} itself" if gguf else "pass the directory of an mlx-lm model"
             raise CommandError(f"{path}: no config.json", hint)
+        if problem := damage(path):  # told here in a line, before vLLM has started all that would fail
+            raise CommandError(f"{path}: {problem}", "the model is damaged or not complete: download or convert it again")
         return ServeModel(str(path))
     if path.is_file():
         if path.suffix != ".gguf":
             raise CommandError(f"{path} is neither a .gguf file nor a directory", "pass the directory that holds the model's config.json")
         return ServeModel(str(model_folder(path)), str(path.resolve()), path.stem)
-    if path.suffix != ".gguf" and HUB_ID.fullmatch(name):
-        return ServeModel(name)
-    raise CommandError(
-        f"{name!r} does not exist",
-        f"MODEL is {', '.join(PACKAGED)}, a .gguf file, a directory of an mlx-lm model, or a Hugging Face id (owner/name)",
-    )
+    found = hub_name(name)
+    if found is None:
+        raise CommandError(
+            f"{name!r} does not exist", f"MODEL is {', '.join(PACKAGED)}, a .gguf file, a directory of an mlx-lm model, or {expected(name)}"
+        )
+    if not (found.quant or found.file):
+        cached = cached_model(Hub().cache, found, None)
+        if cached is None or cached.path.is_dir():
+            return ServeModel(name)
+    try:  # vLLM reads no GGUF file by such a name: it is downloaded first
+        file = find(found).path
+    except HubError as error:
+        raise CommandError(*split_hint(str(error))) from error
+    return ServeModel(str(model_folder(file)), str(file), name)
 
 
 def model_folder(file: Path) -> Path:
     """The folder with what vLLM reads of a .gguf file; another one when the file or metalstep changes. Raises: CommandError."""
-    file = file.resolve()
+    stem, file = file.stem, file.resolve()  # a file in the hub's cache is a link to one that is called by its hash
     status = file.stat()
     key = f"{file}\n{status.st_size}\n{status.st_mtime_ns}\n{__version__}"
-    folder = cache_folder() / "serve" / f"{file.stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = cache_folder() / "serve" / f"{stem}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     if not folder.is_dir():
         written = subprocess.run([sys.executable, "-m", __name__, str(file), str(folder)], stderr=subprocess.PIPE, text=True)
         if written.returncode == FAILED:

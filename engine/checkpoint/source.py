@@ -2,27 +2,36 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-
-from huggingface_hub import snapshot_download
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from metalstep.checkpoint.checkpoint import Checkpoint
 from metalstep.checkpoint.directory import DirectoryCheckpoint
 from metalstep.checkpoint.errors import CheckpointError
 from metalstep.checkpoint.gguf import GGUFCheckpoint
-from metalstep.packaged_models import PACKAGED, not_installed, packaged_file
+from metalstep.checkpoint.quantized import QuantizedCheckpoint, parse_quantize
+from metalstep.hub.errors import HubError
+from metalstep.hub.local import local_path
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
+def open_checkpoint(source: str | os.PathLike[str], revision: str | None = None, quantize: str | None = None) -> Checkpoint:
+    """Open "smollm2", a .gguf file, a directory of an mlx-lm model, or a Hugging Face id (metalstep.hub.names has its forms).
 
-def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
-    """Open "smollm2", a .gguf file, a directory of an mlx-lm model, or a Hugging Face id.
-
-    Raises: CheckpointError for what does not exist, is damaged or is not supported.
+    revision: branch, tag or commit of a Hugging Face id. quantize: how to quantise a floating-point model while it is loaded (see
+    quantized.parse_quantize).
+    Raises: CheckpointError for what does not exist, is damaged or is not supported; ValueError for a kind of quantisation that is not.
     """
-    path = resolve(source)
+    if quantize is None:
+        return _open(resolve(source, revision))
+    parse_quantize(quantize)  # before a download
+    checkpoint = _open(resolve(source, revision))
+    try:
+        return QuantizedCheckpoint(checkpoint, quantize)
+    except BaseException:
+        checkpoint.close()
+        raise
+
+
+def _open(path: Path) -> Checkpoint:
     if path.is_dir():
         return DirectoryCheckpoint(path)
     if path.suffix == ".safetensors":
@@ -30,37 +39,12 @@ def open_checkpoint(source: str | os.PathLike[str]) -> Checkpoint:
     return GGUFCheckpoint(path)
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
+def resolve(source: str | os.PathLike[str], revision: str | None = None) -> Path:
     """A packaged model, a path, or a Hugging Face id (downloaded, or taken from its cache) as a local path.
 
     Raises: CheckpointError saying what to install, download or correct.
     """
-    name = os.fspath(source)
-    if name in PACKAGED:
-        return _packaged(name)
-    path = Path(name).expanduser()
-    if path.exists():
-        return path
-    if path.suffix != ".gguf" and HUB_ID.fullmatch(name):
-        return _snapshot(name)
-    raise CheckpointError(
-        f"{name!r} does not exist; expected {', '.join(map(repr, PACKAGED))}, a .gguf file, a directory of an mlx-lm model, or a "
-        "Hugging Face id (owner/name)"
-    )
-
-
-def _packaged(name: str) -> Path:
-    path = packaged_file(name)
-    if path is None:
-        raise CheckpointError(not_installed(name))
-    return path
-
-
-def _snapshot(name: str) -> Path:
     try:
-        return Path(snapshot_download(name, allow_patterns=[*DEFAULT_ALLOW_PATTERNS, "*.safetensors"]))
-    except Exception as error:  # offline, no such repository, gated, disk full: many types, all with a text of their own
-        raise CheckpointError(
-            f"{name!r} is no path here, and its download failed ({type(error).__name__}: {str(error)[:300]}); check the name and the "
-            "network, or download the model elsewhere and pass its directory"
-        ) from error
+        return local_path(os.fspath(source), revision)
+    except HubError as error:
+        raise CheckpointError(str(error)) from error

@@ -4,9 +4,11 @@ import importlib.util
 import huggingface_hub
 import pytest
 from checkpoint_files import LLAMA_CONFIG, llama_gguf, make_model, parameters, save_model
-from huggingface_hub.errors import LocalEntryNotFoundError
 
-from metalstep.checkpoint import CheckpointError, open_checkpoint, source
+from metalstep.checkpoint import CheckpointError, open_checkpoint
+from metalstep.hub import local
+from metalstep.hub.download import Found
+from metalstep.hub.names import HubName
 
 
 def test_a_missing_package_says_what_to_install(monkeypatch):
@@ -18,32 +20,41 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize("name", ["no-such-model", "./no/such", "/no/such", "a/b/c", "owner/file.gguf", ""])
 def test_names_that_are_nothing_are_refused_without_a_download(monkeypatch, name, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(source, "snapshot_download", lambda *_, **__: pytest.fail("a download was tried"))
+    monkeypatch.setattr(local, "find", lambda *_, **__: pytest.fail("a download was tried"))
     with pytest.raises(CheckpointError, match=r"does not exist; expected 'smollm2', a .gguf file|no config.json"):
         open_checkpoint(name)
 
 
-def test_a_failed_download_says_what_to_do(monkeypatch):
-    def offline(*_, **__):
-        raise LocalEntryNotFoundError("cannot find the requested files in the local cache")
-
-    monkeypatch.setattr(source, "snapshot_download", offline)
-    with pytest.raises(CheckpointError, match=r"'owner/model' is no path here, and its download failed .*pass its directory"):
-        open_checkpoint("owner/model")
-
-
-def test_an_offline_hub_is_a_checkpoint_error(monkeypatch, tmp_path):
+def test_an_error_of_the_hub_is_a_checkpoint_error(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(CheckpointError, match="its download failed"):
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE is set and metalstep-tests/no-such-model is not in the cache"):
         open_checkpoint("metalstep-tests/no-such-model")
 
 
-def test_a_hub_id_is_opened_where_it_was_downloaded(monkeypatch, tmp_path):
-    save_model(tmp_path, LLAMA_CONFIG, parameters(make_model(LLAMA_CONFIG)))
-    monkeypatch.setattr(source, "snapshot_download", lambda name, allow_patterns: str(tmp_path))
+@pytest.mark.parametrize("revision", [None, "v1.0"])
+def test_a_hub_id_is_opened_where_it_was_downloaded(monkeypatch, tmp_path, revision):
+    save_model(tmp_path / "model", LLAMA_CONFIG, parameters(make_model(LLAMA_CONFIG)))
+    asked = []
+
+    def find(*name_and_revision):
+        asked.append(name_and_revision)
+        return Found(tmp_path / "model", "0" * 40)
+
+    monkeypatch.setattr(local, "find", find)
+    with open_checkpoint("owner/model", revision) as checkpoint:
+        assert checkpoint.config["model_type"] == "llama"
+    assert asked == [(HubName("owner/model"), revision)]
+
+
+def test_a_directory_named_like_a_hub_id_wins_and_has_no_revision(monkeypatch, tmp_path):
+    save_model(tmp_path / "owner" / "model", LLAMA_CONFIG, parameters(make_model(LLAMA_CONFIG)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(local, "find", lambda *_, **__: pytest.fail("a download was tried"))
     with open_checkpoint("owner/model") as checkpoint:
         assert checkpoint.config["model_type"] == "llama"
+    with pytest.raises(CheckpointError, match=r"'owner/model' is a path here; leave the revision 'v1' out"):
+        open_checkpoint("owner/model", "v1")
 
 
 def test_a_safetensors_file_says_to_pass_its_directory(tmp_path):
