@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,8 +10,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from metalstep import loading, trace
 from metalstep.capture import CaptureError, capture
 from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager, open_checkpoint
+from metalstep.choices import DEFAULT_DEVICE as DEFAULT_DEVICE
+from metalstep.choices import DEVICES as DEVICES
 from metalstep.engine import Engine
 from metalstep.kernels.linear import ARITHMETIC
 from metalstep.kernels.native import KernelError, NativeDevice, NativeUnavailable
@@ -21,9 +23,6 @@ from metalstep.native_model import NativeModel
 from metalstep.plan.host_target import HostTarget
 from metalstep.plan.target import Target
 from metalstep.token_ids import batch_ids, check_tokens
-
-DEVICES = ("host", "metal", "metal-sim", "eager")
-DEFAULT_DEVICE = "metal" if sys.platform == "darwin" else "host"
 
 
 class Model:
@@ -85,7 +84,8 @@ class Model:
         if self.native is None:
             if vocab_size := self.config.get("vocab_size"):
                 check_tokens(ids.reshape(-1), vocab_size)
-            return self.eager(inputs, cache=cache, **refused)
+            logits: mx.array = self.eager(inputs, cache=cache, **refused)
+            return logits
         if cache is not None or refused:
             names = [*(["cache"] if cache is not None else []), *refused]
             raise NotImplementedError(
@@ -136,7 +136,10 @@ def load(
     model_config: dict[str, Any] | None = None,
     adapter_path: str | None = None,
     lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
     *,
+    quantize: str | None = None,
     device: str | None = None,
     threads: int | None = None,
     strict: bool = False,
@@ -151,10 +154,12 @@ def load(
     kv_memory: int | float | str | None = None,
     max_context: int | None = None,
     batch_invariant: bool = False,
-) -> tuple[Model, Any]:
+) -> tuple[Any, ...]:
     """Load a model and its tokenizer.
 
-    path_or_hf_repo: "smollm2" (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory or a Hugging Face id of an mlx-lm model.
+    path_or_hf_repo: "smollm2" (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory or a Hugging Face id of an mlx-lm model
+    (docs/models.md). revision: branch, tag or commit of a Hugging Face id. quantize: "4bit", "8bit", "4bit:32", "mxfp4", "mixed_4_6", ...:
+    quantise a floating-point model while it is loaded, to the bits that `metalstep convert` would write.
     device: "metal" (an Apple GPU), "host" (the native step on the CPU), "metal-sim" (the GPU's shaders simulated on the CPU: for tests,
     slow) or "eager" (mlx-lm's own graph); None takes "metal" on a Mac and "host" elsewhere. threads: of the host device; None takes what
     the process may use. strict: raise instead of falling back to eager MLX. arithmetic: of the host device, "int16" (near-exact) or
@@ -166,7 +171,7 @@ def load(
     cache, in bytes, as text ("8GB"), or a fraction of the free memory; None takes half of it (a quarter on a GPU), or what 64 sequences
     of max_context need if that is less. The host device takes memory when it is first written.
     tokenizer_config, model_config: overrides of the files' own, as in mlx-lm. lazy has no effect: weights are packed when loaded.
-    Returns: (Model, mlx-lm TokenizerWrapper).
+    Returns: (Model, mlx-lm TokenizerWrapper), and with return_config the config as a third.
     Raises: CheckpointError for files that cannot be used; CaptureError and KernelError with strict; ValueError for an option.
     """
     if adapter_path is not None:
@@ -185,7 +190,8 @@ def load(
     if device == "eager" and kv_memory is not None:
         raise ValueError(f"kv_memory is {kv_memory!r} on eager, which is mlx-lm's own; it is an option of the devices that run natively")
     check_scheme(scheme, device)
-    checkpoint = open_checkpoint(path_or_hf_repo)
+    tracing = trace.current()  # a file that cannot be written is refused before anything is loaded
+    checkpoint = open_checkpoint(path_or_hf_repo, revision, quantize)
     try:
         checkpoint.config.update(model_config or {})
         skeleton = build_model(checkpoint)  # before the tokenizer: this checks the config
@@ -197,8 +203,12 @@ def load(
                 checkpoint, skeleton, device, threads, target, strict, scheme, {"kv_memory": kv_memory, "max_context": max_context}
             )  # fmt: skip
         if native is None:
+            loading.stage("loading weights with MLX")
             load_weights_eager(skeleton, checkpoint, eager_dtype())
-        return Model(checkpoint, skeleton, native, reason), tokenizer
+            if tracing is not None:
+                warnings.warn("METALSTEP_TRACE is set, and a model that runs eagerly has no steps to trace", RuntimeWarning, stacklevel=2)
+        model = Model(checkpoint, skeleton, native, reason)
+        return (model, tokenizer, model.config) if return_config else (model, tokenizer)
     except BaseException:
         checkpoint.close()
         raise
@@ -259,8 +269,12 @@ def _native(
         return None, why_eager(error, device_name, "", strict=strict, scheme=scheme)
     model_type = checkpoint.config.get("model_type", "the model")
     try:
-        native = NativeModel(capture(skeleton, model_type), checkpoint, device, target, scheme)
+        loading.stage("reading the model's structure")
+        captured = capture(skeleton, model_type)
+        loading.stage("loading weights", checkpoint.file_bytes)
+        native = NativeModel(captured, checkpoint, device, target, scheme)
         native.allocate_memory(**options)
+        loading.stage("warming up" if device_name == "host" else "compiling kernels, which takes longer the first time")
         native.warmup()
         return native, None
     except (CaptureError, KernelError) as error:
