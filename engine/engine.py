@@ -7,25 +7,29 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
+import time
 import weakref
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from metalstep import trace
 from metalstep.admission import admit
 from metalstep.cache_keeper import CacheKeeper
-from metalstep.kv_cache import BLOCK_SIZE
+from metalstep.engine_stats import Ends, EngineStats, KVUse, StepMeter, StepTimes
+from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.native_model import MAX_RESULTS, MAX_SEQS, PREFILL_ROWS, NativeModel
 from metalstep.request import Request
 from metalstep.running_request import Owner, RunningRequest
-from metalstep.scheduler import GroupSpec, KVBlocks, Scheduler, State
+from metalstep.scheduler import GroupSpec, KVBlocks, Schedule, Scheduler, State
 from metalstep.step_runner import StepRunner
+from metalstep.step_trace import StepTrace
 from metalstep.stream import Picker, Stream
 from metalstep.turn import Turn
 
@@ -33,20 +37,8 @@ IDLE_SECONDS = 0.05  # between two looks of a thread that waits for what another
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-@dataclass(frozen=True)
-class EngineStats:
-    """running, waiting: requests now. free_blocks, total_blocks: of the first group of layers. The rest counts since the start:
-    steps (native calls), prompt_tokens (computed), cached_tokens (found in the prefix cache), generated_tokens, preemptions."""
-
-    running: int
-    waiting: int
-    free_blocks: int
-    total_blocks: int
-    steps: int
-    prompt_tokens: int
-    cached_tokens: int
-    generated_tokens: int
-    preemptions: int
+__all__ = ["Engine", "EngineStats"]
+logger = logging.getLogger("metalstep")
 
 
 class Engine:
@@ -57,7 +49,7 @@ class Engine:
     """
 
     def __init__(self, native: NativeModel):
-        self._native = native
+        self.native = native
         specs = [GroupSpec(group.window, count) for group, count in zip(native.cache.groups, native.num_blocks, strict=True)]
         self.blocks = KVBlocks(specs, BLOCK_SIZE, PREFILL_ROWS)
         self.caches = CacheKeeper(self, native.cache, self.blocks, native.encoding)
@@ -76,7 +68,16 @@ class Engine:
         self._parked: list[RunningRequest] = []  # of them, those that wait for their callers
         self._dirty = False  # a turn was begun and has not come to its end
         self._preemptions = 0
+        self._ends = Ends()
+        self.meter = StepMeter(len(specs))
+        opened = trace.current()
+        self._trace = None if opened is None else StepTrace(self, opened)
+        self._runner.time_launches = self._trace is not None and self._trace.launches
         self._closed: str | None = None
+        logger.info(
+            "%s, %d launches per token, KV cache of %s blocks of %d tokens",
+            native.device.info.name, len(native.decode_plan.launches), "+".join(map(str, native.num_blocks)), BLOCK_SIZE,
+        )  # fmt: skip
         _ENGINES.add(self)
 
     # ---- callers ------------------------------------------------------------------------------------------------------------
@@ -119,11 +120,13 @@ class Engine:
     def _enqueue(
         self, request: Request, pick: Picker | None, progress: Callable[[int, int], None] | None, collect: bool
     ) -> Stream:
-        request, sequence = admit(self._native, request, collect=collect)
+        request, sequence = admit(self.native, request, collect=collect)
         cache = request.prompt_cache
         if cache is not None:
             cache.bind(self)
         running = RunningRequest(request, sequence, collect=collect)
+        if self._trace is not None:
+            self._trace.queued(running)
         stream = Stream(self, running, pick, progress)
         running.owner = Owner(stream, running, self._dropped.append)
         try:
@@ -138,7 +141,7 @@ class Engine:
     def cancel(self, stream: Stream) -> None:
         """End a request; what it generated so far can still be taken."""
         if not stream.running.done:
-            self._inbox.append(partial(self._end, stream.running))
+            self._inbox.append(partial(self._end, stream.running, "cancelled"))
 
     def give_up(self, running: RunningRequest) -> None:
         """End a request that nobody takes anything more of: what was generated but not taken is no part of its prompt cache."""
@@ -159,12 +162,16 @@ class Engine:
         if not self._turn.mine:
             self.exclusively(lambda: None)
 
-    def stats(self) -> EngineStats:
-        """Counts as of now; waits for the step in progress."""
-        return self.exclusively(self._stats)
+    def stats(self, *, wait: bool = True) -> EngineStats:
+        """Counts and speeds as of now; waits for the step in progress.
+
+        wait: False takes them as they are, from any thread and in the middle of a step too, for a view that must not disturb.
+        """
+        return self.exclusively(self._stats) if wait else self._stats()
 
     def _stats(self) -> EngineStats:
         scheduler, runner, pool = self._scheduler, self._runner, self.blocks.pools[0]
+        batch, rows, step_ns, device_ns = self.meter.latest
         return EngineStats(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -175,7 +182,43 @@ class Engine:
             cached_tokens=runner.cached_tokens,
             generated_tokens=runner.generated_tokens,
             preemptions=self._preemptions,
+            **self._ends.counts(),
+            batch=batch,
+            rows=rows,
+            kv=tuple(map(self._kv_use, range(len(self.blocks.pools)))),
+            **self.meter.speeds()._asdict(),
+            last_step_ms=step_ns / 1e6,
+            last_device_ms=device_ns / 1e6,
+            uptime_s=(time.perf_counter_ns() - self.meter.started) / 1e9,
         )
+
+    def _kv_use(self, index: int) -> KVUse:
+        pool, group = self.blocks.pools[index], self.native.cache.groups[index]
+        used = pool.num_blocks - pool.free_count
+        peak = max(used, self.meter.peaks[index])
+        return KVUse(group.window, used, pool.num_blocks, peak, group.token_bytes * BLOCK_SIZE)
+
+    def used_blocks(self) -> list[int]:
+        """KV blocks that are held, of each group."""
+        return [pool.num_blocks - pool.free_count for pool in self.blocks.pools]
+
+    @property
+    def steps(self) -> int:
+        """Native calls since the start."""
+        return self._runner.steps
+
+    @property
+    def num_running(self) -> int:
+        return len(self._scheduler.running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._scheduler.waiting)
+
+    @property
+    def busy(self) -> bool:
+        """Whether requests are running or waiting."""
+        return bool(self._active)
 
     def wait(self, streams: Items[Stream]) -> None:
         """Return when one of the streams has something for its caller, or after a step. Runs a step if no other thread does.
@@ -210,6 +253,8 @@ class Engine:
         with contextlib.suppress(Exception):  # of a device that has failed
             self._begin()
         self._fail_all(ValueError(self._closed))
+        if self._trace is not None:
+            self._trace.finish()
 
     # ---- in a turn -----------------------------------------------------------------------------------------------------------
     def _step(self) -> bool:
@@ -242,11 +287,15 @@ class Engine:
     def _begin(self) -> None:
         if self._dirty:
             self._recover()
+        self._ends.settle()
         self._dirty = True
         self._drain()
 
     def _run(self) -> bool:
+        began = time.perf_counter_ns()
         schedule = self._scheduler.schedule()
+        scheduled = time.perf_counter_ns()
+        preempted = [(sequence.request.number, len(sequence.tokens)) for sequence in schedule.preempted]
         self._preemptions += len(schedule.preempted)
         if schedule.preempted:
             self.caches.spill()  # a cache that nobody uses makes room before the next request has to
@@ -256,11 +305,23 @@ class Engine:
             return bool(schedule.failed)
         ended = self._runner.run(schedule)
         self._scheduler.advance(schedule)
+        self.meter.saw(self.used_blocks())
+        if self._trace is not None:
+            self._trace.took(schedule, began, time.perf_counter_ns())
         for running in self._runner.held_back:
             self._park(running)
         for running in ended:
             self._end(running)
+        self._measure(schedule, began, scheduled, preempted)
         return True
+
+    def _measure(self, schedule: Schedule, began: int, scheduled: int, preempted: list[tuple[int, int]]) -> None:
+        """Behind a step."""
+        runner = self._runner
+        times = StepTimes(began, scheduled, runner.prepared, runner.submitted, runner.done, time.perf_counter_ns())
+        self.meter.step(times, len(schedule.entries), schedule.rows, runner.prompt_tokens, runner.generated_tokens)
+        if self._trace is not None:
+            self._trace.step(schedule, times, runner.launch_times, preempted)
 
     def _fail(self, sequences: list[Any]) -> None:
         """Sequences that got no blocks end, unless prompt caches make room: then they try again."""
@@ -305,6 +366,8 @@ class Engine:
                 dropped.popleft()
         if self._parked:
             self._unpark()
+        if self._trace is not None and not self._active:
+            self._trace.idle()
 
     def _add(self, running: RunningRequest) -> None:
         if id(running) not in self._active and not running.done:
@@ -354,22 +417,27 @@ class Engine:
             if running.finish_reason(token, len(tokens)):
                 self._end(running)
 
-    def _end(self, running: RunningRequest) -> None:
-        """Give a request's blocks back, to its prompt cache if it has one."""
+    def _end(self, running: RunningRequest, how: str = "finished") -> None:
+        """Give a request's blocks back, to its prompt cache if it has one. how: see Ends."""
         if id(running) in self._active and not running.done:
             if running.cache is not None and running.sequence in self._scheduler:
                 self.caches.take_back(running.cache, running.sequence)
             self._scheduler.finish(running.sequence)
-        self._finish(running)
+        self._finish(running, how)
 
-    def _finish(self, running: RunningRequest) -> None:
+    def _finish(self, running: RunningRequest, how: str = "finished") -> None:
+        if id(running) in self._active:
+            how = "failed" if running.error is not None else how
+            self._ends.add(running.number, how)
+            if self._trace is not None:
+                self._trace.ended(running, how)
         running.done = True
         running.sequence.request = None  # they name each other: without this, its prompt cache would wait for Python's collector
         self._active.pop(id(running), None)
 
     def _give_up(self, running: RunningRequest) -> None:
         running.owner = None
-        self._end(running)
+        self._end(running, "cancelled")
         if running.cache is not None and not running.released:
             untaken = len(running.outputs) - running.taken
             self.caches.forget(running.cache, len(running.sequence.tokens) - untaken)
@@ -396,7 +464,8 @@ class Engine:
     def _after_fork(self) -> None:
         self._closed = "this process was forked after the model was loaded; load the model in the process that uses it"
         self._turn = Turn()
-        self._native.abandon()
+        self._trace = None
+        self.native.abandon()
 
 
 def _copied(error: Exception) -> Exception:

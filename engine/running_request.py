@@ -1,6 +1,7 @@
 """A request on its way through the engine: its sequence, what it keeps on the device, and what its caller has not taken yet."""
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 from weakref import ref
@@ -12,12 +13,14 @@ from metalstep.request import PromptLogprob, Request, TokenOutput
 from metalstep.scheduler import Sequence
 
 if TYPE_CHECKING:
+    from metalstep.step_trace import RequestTimes
     from metalstep.stream import Stream
 
+_NUMBERS = itertools.count(1)
 KEPT_LOGITS = 2  # rows of logits that wait for a caller before its request does
 
 
-class Owner(ref):
+class Owner(ref[Any]):
     """The stream of a request, weakly: the callback is told when nobody has it any more."""
 
     __slots__ = ("running",)
@@ -35,6 +38,7 @@ class RunningRequest:
 
     An interrupt may fall between any two lines that fill one. What counts then: `outputs`, which are the caller's already, for a request
     that hands out logits its sequence's tokens, and `error`. `restore` makes the rest fit them.
+    number: its own in this process. times: where steps are traced.
     cache: continued by this request. before: tokens that it had. collect: wants the logits of every position instead of tokens.
     """
 
@@ -48,6 +52,7 @@ class RunningRequest:
         "grammar_moves",
         "handed",
         "logits",
+        "number",
         "outputs",
         "owner",
         "picked",
@@ -57,10 +62,13 @@ class RunningRequest:
         "request",
         "sequence",
         "taken",
+        "times",
     )
 
     def __init__(self, request: Request, sequence: Sequence, *, collect: bool = False):
         sequence.request = self
+        self.number = next(_NUMBERS)
+        self.times: RequestTimes | None = None
         self.request = request
         self.sequence = sequence
         self.cache: PromptCache | None = request.prompt_cache

@@ -5,12 +5,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from metalstep import trace
 from metalstep.capture import CapturedModel, CaptureError, capture
 from metalstep.checkpoint import build_model, load_weights_eager, open_checkpoint
 from metalstep.eager_forward import cache_dtype, cache_groups, eager_session
 from metalstep.explain import explain_cache
 from metalstep.kernels.native import KernelError, NativeDevice
-from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, SchemeError
+from metalstep.kv_cache import CacheGroup, SchemeError
+from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.kv_scheme import PLAIN, KVScheme
 from metalstep.memory_size import free_memory
 from metalstep.model import DEFAULT_DEVICE, check_scheme, eager_dtype, make_target, why_eager
@@ -41,6 +43,7 @@ class ServedModel:
 
         scheme: of a native cache (kv_scheme.parse); eager MLX keeps what it computes with, and is refused where the scheme compresses.
         """
+        trace.current()  # a path that cannot be written is refused before anything is loaded
         self.device_name = device or DEFAULT_DEVICE
         check_scheme(scheme, self.device_name)
         self.scheme = scheme

@@ -1,6 +1,8 @@
 """One native call for a schedule: its rows into the step's arrays, its results back into the requests."""
 from __future__ import annotations
 
+import time
+
 import numpy as np
 
 from metalstep.kernels import params
@@ -22,7 +24,11 @@ FAILURES = {
 
 
 class StepRunner:
-    """Runs schedules on the native model. steps (native calls), prompt_tokens, cached_tokens and generated_tokens count since the start."""
+    """Runs schedules on the native model. steps (native calls), prompt_tokens, cached_tokens and generated_tokens count since the start.
+
+    prepared, submitted, done: when the latest step's arrays were filled, its native call queued and done, by time.perf_counter_ns.
+    time_launches: let `launch_times` have kernel, ops and ns of each launch of the latest step, if that was one step; it waits for each.
+    """
 
     def __init__(self, native: NativeModel):
         self._native, self._arrays, self._slots = native, native.arrays, native.slots
@@ -30,6 +36,9 @@ class StepRunner:
         self._loaded = False  # the arrays hold the next step of the last schedule, if that was a decode
         self.held_back: list[RunningRequest] = []  # by the latest step: they wait for their callers
         self.steps = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
+        self.prepared = self.submitted = self.done = 0
+        self.time_launches = False
+        self.launch_times: list[tuple[str, str, int]] = []
 
     def drain(self) -> None:
         """Let what an interrupted step left in the device's queue finish, and forget what the arrays hold."""
@@ -55,9 +64,21 @@ class StepRunner:
         self.steps += 1
         self.held_back = []
         self._loaded = False
-        plan.replay(schedule.steps)
+        self.prepared = time.perf_counter_ns()
+        if self.time_launches and schedule.steps == 1:
+            self._profile(plan)
+        else:
+            self.launch_times = []
+            plan.replay(schedule.steps)
+        self.done = time.perf_counter_ns()
+        self.submitted = min(max(plan.submitted, self.prepared), self.done)
         self._loaded = schedule.decode and not any(entry.sequence.request.request.grammar for entry in schedule.entries)
         return self._take_decoded(schedule, plan) if schedule.decode else self._take_mixed(schedule, plan)
+
+    def _profile(self, plan: Plan) -> None:
+        """The same step, which waits for each of its launches."""
+        times = plan.profile()
+        self.launch_times = [(e.launch.kernel, " ".join(e.ops), ns) for e, ns in zip(plan.launches, times, strict=True)]
 
     def _continue(self, schedule: Schedule) -> None:
         """The arrays hold this step's rows already: step_advance wrote them, up to the ends of the tables that it knew."""

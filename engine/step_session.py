@@ -14,6 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
+from metalstep import trace
 from metalstep.kernels import step_load
 from metalstep.kernels.native import NativeDevice, NativePlan
 from metalstep.native_model import MAX_RESULTS, PREFILL_ROWS, NativeModel
@@ -29,6 +30,7 @@ from metalstep.plan.step_arrays import (
     words_of,
 )
 from metalstep.sampling import SamplingParams
+from metalstep.session_trace import SessionTrace
 
 STAGES = 2  # steps that may be under way: one runs, one waits for it
 
@@ -93,6 +95,8 @@ class SessionStep:
     sampled: np.ndarray | None = None
     top: np.ndarray | None = None
     logits: np.ndarray | None = None
+    times: list[int] | None = None  # these two where steps are traced
+    sizes: tuple[int, int, int] = (0, 0, 0)
     _rows: list[tuple[int, float, int, int]] | None = None
 
     @property
@@ -189,6 +193,8 @@ class StepSession:
         for stage in self.stages:
             stage.limits[:] = self.arrays.sizes.context
         self._stage_steps = [None] * STAGES
+        opened = trace.current()
+        self._trace = None if opened is None else SessionTrace(opened)
         self._latest: tuple[SessionStep, Sequence[Span]] | None = None
 
     # ---- sequences ----------------------------------------------------------------------------------------------------------
@@ -247,6 +253,7 @@ class StepSession:
         split: masks will take time; without it the device begins in `sample`.
         Raises: ValueError for more; RuntimeError with the device's text.
         """
+        began = 0 if self._trace is None else trace.now()
         row = self._count % self.arrays.sizes.steps
         with self._taking:
             while self._under_way and self._under_way[0].row == row:
@@ -261,6 +268,8 @@ class StepSession:
         self._under_way.append(step)
         for span in spans:
             self._used[span.slot] = step
+        if self._trace is not None:
+            self._trace.began(step, spans, began)
         return step
 
     def _continues(self, spans: Sequence[Span]) -> bool:
@@ -294,7 +303,10 @@ class StepSession:
 
     def sample(self, step: SessionStep) -> None:
         """Sample a step's rows; masks are in place. Before the next step begins."""
+        began = 0 if self._trace is None else trace.now()
         step.ticket = step.rest.run()
+        if self._trace is not None:
+            self._trace.sampled(step, began, self._count)
         if step.keep_logits:
             self.collect(step)
 
@@ -313,12 +325,16 @@ class StepSession:
     def _take(self) -> None:
         """The oldest step's results. Whoever sees `sampled` sees the rest of them too."""
         step = self._under_way[0]
+        began = 0 if self._trace is None else trace.now()
         step.rest.wait(step.ticket)
+        done = 0 if self._trace is None else trace.now()
         step.top = self.arrays.top[step.row, : step.results].copy()
         if step.keep_logits:
             step.logits = step.logits_place[: step.results].copy()
         step.sampled = self.arrays.sampled[step.row, : step.results].copy()
         self._under_way.popleft()
+        if self._trace is not None:
+            self._trace.took(step, began, done)
 
     def close(self) -> None:
         """Wait for what is under way and give the plans back."""
@@ -326,6 +342,8 @@ class StepSession:
         for load in self._loads.values():
             load.close()
         self.forward.close()
+        if self._trace is not None:
+            self._trace.finish()
 
     def _write(self, stage: StepStage, spans: Sequence[Span]) -> tuple[int, bool, int]:
         """A step's inputs into a stage. Returns its rows, whether all are decodes, and the tokens of its longest sequence."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from vllm.v1.outputs import EMPTY_MODEL_RUNNER_OUTPUT, ModelRunnerOutput
 
+from metalstep import trace
 from metalstep.kernels import params
 from metalstep.plugin.outputs import (
     Row,
@@ -24,6 +25,7 @@ from metalstep.plugin.outputs import (
     prompt_logprob_tensors,
 )
 from metalstep.plugin.requests import UNKNOWN, Report, RequestState, RequestTable
+from metalstep.session_trace import ServedRequests
 from metalstep.step_runner import FAILURES
 from metalstep.step_session import Place, SessionStep, Span, StepSession
 
@@ -80,11 +82,16 @@ class Runner:
         self._requests = RequestTable(session, block_ratio=block_ratio, reasoning=reasoning)
         self._work: Work | None = None
         self.steps = self.preemptions = 0
+        opened = trace.current()
+        self._trace = None if opened is None else ServedRequests(opened)
 
     # ---- first half ---------------------------------------------------------------------------------------------------------
     def execute_model(self, output: SchedulerOutput) -> ModelRunnerOutput | None:
         """Begin a step. Returns None, or the empty output where there is nothing to run."""
         self.preemptions += len(output.preempted_req_ids or ())
+        if self._trace is not None:
+            new = [new.req_id for new in output.scheduled_new_reqs]
+            self._trace.changed(new=new, preempted=output.preempted_req_ids or (), finished=output.finished_req_ids)
         self._requests.update(output)
         if not output.total_num_scheduled_tokens:
             return EMPTY_MODEL_RUNNER_OUTPUT
@@ -201,6 +208,8 @@ class Runner:
                 token, _, _, status = found.step.rows[found.place]
                 if status == params.MS_SAMPLE_OK:
                     tokens.append(token)
+                    if self._trace is not None:
+                        self._trace.token(req_id)
                     row = self._logprobs(state, found.step, found.place)
                 else:
                     token = 0
