@@ -10,13 +10,15 @@ from typing import Any, cast
 
 from metalstep.bench.kernel_inputs import CaseInputs
 from metalstep.bench.machine import SIMULATED, machine
+from metalstep.bench.mlx_ops import MAX_COPIES as MLX_COPIES
+from metalstep.bench.mlx_ops import MlxRuns, against_mlx, mlx_op
 from metalstep.bench.statistics import summary
 from metalstep.chips import Chip
 from metalstep.kernels.gpu import attention, linear, row_program, sample, step_advance, step_load
 from metalstep.kernels.gpu.bench_case import BenchCase, BenchSizes
 from metalstep.kernels.launch import Launch
 from metalstep.kernels.native import NativeDevice, NativePlan
-from metalstep.kv_cache import BLOCK_SIZE
+from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.plan.gpu_target import DECODE_ROWS, NORM_ROWS, SPLIT_LEN
 from metalstep.plan.paper import PaperDevice
 from metalstep.shapes import BITS, GROUP_SIZES, SHAPES
@@ -29,6 +31,7 @@ OPS: dict[str, Callable[[BenchSizes], list[BenchCase]]] = {
     "step_advance": step_advance.bench_cases,
     "step_load": step_load.bench_cases,
 }
+COMPUTES = ("linear", "attention")  # ops whose work are multiply-adds
 TINY = "tiny"  # a shape of no model, for the simulator
 TINY_CONFIG = dict(
     model_type="qwen3", hidden_size=128, intermediate_size=256, num_attention_heads=4, num_key_value_heads=2, head_dim=64, vocab_size=2000
@@ -100,14 +103,16 @@ def bench_kernels(
     chip: Chip | None = None,
     simulated: bool = False,
     large: bool = False,
+    against: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure each case. simulated: one copy of each and as few calls as can be, and cases of much work only with `large`.
 
     Returns machine, device, not_timed, rows and left_out (cases that are not measured, with the reason). A row has op, case, name, rows,
     context; kernels, launches and threadgroups of the case once; copies of its weights; bytes; alone_us (each launch by itself, by the
-    GPU's clock, summed), run_us (one after another, by the host's clock), gb_s of bytes in run_us, and with a chip the fraction of its
-    bandwidth. A sample of alone_us is a mean over `repeats`, one of run_us over a call of `steps` times `repeats`.
+    GPU's clock, summed), run_us (one after another, by the host's clock), gb_s of bytes in run_us, gflop_s where there is arithmetic to
+    count, with a chip the fraction of its bandwidth, and with `against` mlx (see against_mlx).
+    A sample of alone_us is a mean over `repeats`, one of run_us over a call of `steps` times `repeats`.
     """
     rows: list[dict[str, Any]] = []
     left_out: list[LeftOut] = []
@@ -117,7 +122,7 @@ def bench_kernels(
             left_out.append(LeftOut(case.name, "large for a simulator"))
             continue
         try:
-            row = _measure(device, sizes, case, samples, simulated)
+            row = _measure(device, sizes, case, samples, simulated, against)
         except MemoryError as error:
             left_out.append(LeftOut(case.name, str(error)))
             continue
@@ -158,7 +163,9 @@ def _copies(device: NativeDevice, sizes: BenchSizes, case: BenchCase) -> int:
     return min(-(-ROTATED_BYTES // own), MAX_COPIES, fit)
 
 
-def _measure(device: NativeDevice, sizes: BenchSizes, case: BenchCase, samples: int, simulated: bool) -> dict[str, Any]:
+def _measure(
+    device: NativeDevice, sizes: BenchSizes, case: BenchCase, samples: int, simulated: bool, against: bool
+) -> dict[str, Any]:
     """The row of one case. Raises: MemoryError."""
     copies = min(_copies(device, sizes, case), 1 if simulated else MAX_COPIES)
     rounds = 1 if simulated else -(-REPEATS // copies)
@@ -180,11 +187,15 @@ def _measure(device: NativeDevice, sizes: BenchSizes, case: BenchCase, samples: 
 
         first = run(1)
         steps = 1 if simulated else max(1, min(MAX_STEPS, round(CALL_S / min(first, run(1)))))
-        alone, together = [], []
+        op = mlx_op(sizes, case) if against else None
+        mlx = MlxRuns(op, min(copies, MLX_COPIES), CALL_S) if op else None
+        alone, together, theirs = [], [], []
         for _ in range(samples):
             inputs.rewind()
             alone.append(sum(plan.profile()) / repeats / 1e3)
             together.append(run(steps) / (steps * repeats) * 1e6)
+            if mlx is not None:
+                theirs.append(mlx.sample())
     finally:
         if plan is not None:
             plan.close()
@@ -206,6 +217,8 @@ def _measure(device: NativeDevice, sizes: BenchSizes, case: BenchCase, samples: 
         "alone_us": summary(alone, best="min"),
         "run_us": run_us,
         "gb_s": case.nbytes / float(cast(float, run_us["mean"])) / 1e3,
+        **({"gflop_s": 2 * case.work / float(cast(float, run_us["mean"])) / 1e3} if case.op in COMPUTES else {}),
+        **({"mlx": against_mlx(op, theirs, together)} if against else {}),
     }
 
 

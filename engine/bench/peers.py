@@ -13,9 +13,9 @@ from mlx.utils import tree_flatten
 
 from metalstep.bench.json_process import JsonProcess, PeerError
 from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager
+from metalstep.choices import PEERS as PEERS
 from metalstep.model import eager_dtype
 
-PEERS = ("mlx-lm", "llama.cpp")
 WORKER = Path(__file__).with_name("worker.py")
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "METALSTEP_THREADS")
 

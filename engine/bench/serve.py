@@ -105,7 +105,7 @@ def bench_serve(plan: Plan, progress: Progress = lambda _: None) -> dict[str, An
         "machine": machine(),
         "model": plan.model,
         "endpoint": turns.path,
-        "versions": {GENERATE: version, **{row["name"]: row["version"] for row in rows}},
+        "contenders": {GENERATE: version, **{row["name"]: row["version"] for row in rows}},
         "pairs": plan.pairs,
         "prompt_tokens": plan.prompt_tokens,
         "tokens": plan.tokens,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from metalstep.cli.bench_output import HelpFormatter, emit, joined, print_head, progress
+from metalstep.choices import MAX_SEQS
+from metalstep.cli.bench_output import HelpFormatter, Output, add_output_options, joined, progress
 from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import Parser, add_device_options, counted, integers, positive
 from metalstep.kv_scheme import parse
-from metalstep.native_model import MAX_SEQS
 
 SCHEMES = "affine8,turbo8v4,turbo4,turbo4v2"
 EXAMPLES = """examples:
@@ -37,14 +37,14 @@ def parser() -> Parser:
     p.add_argument("--steps", type=positive, default=16, metavar="N", help="decode steps of a sample (default: 16)")
     p.add_argument("--threads", type=positive, metavar="N", help="threads of the host device (default: the CPUs)")
     add_device_options(p)
-    p.add_argument("--json", action="store_true", help="the same as JSON, with every sample")
+    add_output_options(p, plot=True)
     return p
 
 
 def kv(argv: list[str]) -> int:
+    args = parser().parse_args(argv)
     from metalstep.bench.kv import bench_kv
 
-    args = parser().parse_args(argv)
     schemes = [name for name in args.schemes.split(",") if name]
     for name in schemes:
         parse(name)
@@ -54,8 +54,7 @@ def kv(argv: list[str]) -> int:
         raise CommandError(f"--batch is {max(args.batch)}, and at most {MAX_SEQS} sequences run at once", "metalstep bench kv --help")
     if min(args.context + args.prompt_tokens) < 2:
         raise CommandError("--context and --prompt-tokens need 2 tokens or more", "metalstep bench kv --help")
-    if not args.json:
-        print_head(args.model, _method(args), args.device)
+    output = Output(args, "kv", argv, args.model, _method(args), args.device)
     options = {name: value for name, value in (("device", args.device), ("threads", args.threads)) if value is not None}
     if args.batch_invariant:
         options["batch_invariant"] = True
@@ -63,7 +62,7 @@ def kv(argv: list[str]) -> int:
         args.model, schemes, batches=args.batch, contexts=args.context, prompts=args.prompt_tokens, rounds=args.rounds, steps=args.steps,
         options=options, progress=progress,
     )  # fmt: skip
-    emit(result, args.json, describe)
+    output.finish(result, describe)
     return 0
 
 

@@ -7,14 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from metalstep.bench.machine import machine
-from metalstep.bench.peers import PEERS
-from metalstep.cli.bench_output import HelpFormatter, emit, joined, note, print_head, progress
+from metalstep.choices import ARITHMETIC, DEFAULT_DEVICE, MAX_SEQS, MAX_STEPS, PEERS
+from metalstep.cli.bench_output import HelpFormatter, Output, add_output_options, joined, note, progress
 from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import Parser, add_device_options, counted, integers, positive
-from metalstep.cli.version import versions
-from metalstep.kernels.linear import ARITHMETIC
-from metalstep.model import DEFAULT_DEVICE
-from metalstep.native_model import MAX_SEQS, MAX_STEPS
 
 PAIRS = 7
 SPREAD_COLUMNS = [("median", 8), ("best", 8), ("spread", 6), ("n", 3)]  # names and widths
@@ -109,13 +105,13 @@ def add_peer_options(p: Parser, examples: str) -> None:
     p.add_argument(
         "--peers-python", metavar="PATH", help="the Python that has the peers (default: .venv-peers/bin/python)"
     )
-    p.add_argument("--json", action="store_true", help="the same as JSON, with every sample")
+    add_output_options(p, plot=True)
 
 
 def decode(argv: list[str]) -> int:
+    args = decode_parser().parse_args(argv)
     from metalstep.bench.decode import bench_decode
 
-    args = decode_parser().parse_args(argv)
     against = peers(args.against, "metalstep bench decode --help")
     if max(args.batch) > MAX_SEQS:
         raise CommandError(
@@ -128,14 +124,15 @@ def decode(argv: list[str]) -> int:
         )
     threads = args.threads or int(machine()["cpus"])
     chosen = settings(args, against, threads)
-    if not args.json:
-        steps = f", {args.decode_steps} steps per native call" if args.decode_steps > 1 else ""
-        print_head(
-            args.model,
-            f"{described(chosen)}batch {joined(args.batch)}, greedy, {counted(args.tokens, 'token')}{steps}, "
-            f"{counted(args.pairs, 'pair')}",
-            args.device,
-        )
+    steps = f", {args.decode_steps} steps per native call" if args.decode_steps > 1 else ""
+    output = Output(
+        args,
+        "decode",
+        argv,
+        args.model,
+        f"{described(chosen)}batch {joined(args.batch)}, greedy, {counted(args.tokens, 'token')}{steps}, {counted(args.pairs, 'pair')}",
+        args.device,
+    )
     result = bench_decode(
         args.model,
         against,
@@ -149,19 +146,18 @@ def decode(argv: list[str]) -> int:
         peers_path=args.peers_python,
         progress=progress,
     )
-    emit({**result, **chosen, "versions": versions()}, args.json, describe_decode)
+    output.finish({**result, **chosen}, describe_decode)
     return 0
 
 
 def prefill(argv: list[str]) -> int:
+    args = prefill_parser().parse_args(argv)
     from metalstep.bench.prefill import bench_prefill
 
-    args = prefill_parser().parse_args(argv)
     against = peers(args.against, "metalstep bench prefill --help")
     threads = args.threads or int(machine()["cpus"])
     chosen = settings(args, against, threads)
-    if not args.json:
-        print_head(args.model, f"{described(chosen)}one prompt, {counted(args.pairs, 'pair')}", args.device)
+    output = Output(args, "prefill", argv, args.model, f"{described(chosen)}one prompt, {counted(args.pairs, 'pair')}", args.device)
     result = bench_prefill(
         args.model,
         against,
@@ -172,7 +168,7 @@ def prefill(argv: list[str]) -> int:
         peers_path=args.peers_python,
         progress=progress,
     )
-    emit({**result, **chosen, "versions": versions()}, args.json, describe_prefill)
+    output.finish({**result, **chosen}, describe_prefill)
     return 0
 
 

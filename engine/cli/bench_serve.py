@@ -5,12 +5,10 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from metalstep.bench.serve import GENERATE, SERVER, VLLM, Plan, bench_serve
-from metalstep.cli.bench_output import HelpFormatter, emit, joined, print_head, progress
+from metalstep.choices import MAX_SEQS
+from metalstep.cli.bench_output import HelpFormatter, Output, add_output_options, joined, progress
 from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import Parser, counted, integers, positive
-from metalstep.cli.version import versions
-from metalstep.native_model import MAX_SEQS
 
 EXAMPLES = """examples:
   metalstep bench serve
@@ -52,7 +50,7 @@ def parser() -> Parser:
     p.add_argument(
         "--starts", type=positive, default=1, metavar="N", help="timed starts of each server; the last one is measured (default: 1)"
     )
-    p.add_argument("--json", action="store_true", help="the same as JSON, with every sample")
+    add_output_options(p, plot=True)
     return p
 
 
@@ -67,6 +65,8 @@ def serve(argv: list[str]) -> int:
         raise CommandError(
             f"--streams: metalstep runs at most {MAX_SEQS} sequences at once, not {max(args.streams)}", f"up to {MAX_SEQS} streams"
         )
+    from metalstep.bench.serve import Plan, bench_serve
+
     plan = Plan(
         model=args.model,
         streams=tuple(dict.fromkeys(args.streams)),
@@ -78,15 +78,17 @@ def serve(argv: list[str]) -> int:
         against_vllm=args.against == "vllm",
         flags=tuple(flags),
     )
-    if not args.json:
-        endpoint = "/v1/chat/completions" if args.chat else "/v1/completions"
-        print_head(
-            args.model,
-            f"{endpoint}, streams {joined(args.streams)}, greedy, prompts of {counted(args.prompt_tokens, 'token')}, "
-            f"{counted(args.tokens, 'token')} each, {counted(args.pairs, 'pair')}",
-        )
+    endpoint = "/v1/chat/completions" if args.chat else "/v1/completions"
+    output = Output(
+        args,
+        "serve",
+        argv,
+        args.model,
+        f"{endpoint}, streams {joined(args.streams)}, greedy, prompts of {counted(args.prompt_tokens, 'token')}, "
+        f"{counted(args.tokens, 'token')} each, {counted(args.pairs, 'pair')}",
+    )
     result = bench_serve(plan, progress)
-    emit({**result, "metalstep_versions": versions()}, args.json, describe)
+    output.finish(result, describe)
     return 0
 
 
@@ -98,7 +100,7 @@ def split_flags(argv: list[str]) -> tuple[list[str], list[str]]:
 
 def describe(result: dict[str, Any]) -> list[str]:
     names = " ".join(f"{name:>{width}}" for name, width in COLUMNS)
-    lines = [f"{name:15} {version}" for name, version in result["versions"].items()]
+    lines = [f"{name:15} {version}" for name, version in result["contenders"].items()]
     lines += [f"not timed: {result['not_timed']}", ""]
     lines += [line for row in result["servers"] for line in describe_server(row)]
     lines += ["", f"{'':15} {names}"]
@@ -145,6 +147,8 @@ def describe_case(row: dict[str, Any]) -> str:
 
 
 def describe_ratios(row: dict[str, Any]) -> list[str]:
+    from metalstep.bench.serve import GENERATE, SERVER, VLLM
+
     streams, rate, itl = row["streams"], row["tok_s"], row["itl"]
     wanted = (RATES_VLLM if row["against"] == VLLM else RATES).get(streams)
     line = (

@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from metalstep.cli.bench_output import HelpFormatter, emit, note, print_head, progress
+from metalstep.choices import MAX_SEQS, PREFILL_ROWS
+from metalstep.cli.bench_output import HelpFormatter, Output, add_output_options, note, progress
 from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import Parser, add_load_options, counted, load_model, positive
-from metalstep.native_model import MAX_SEQS, PREFILL_ROWS
 
 LAUNCHES_EXAMPLES = """examples:
   metalstep bench launches
@@ -60,7 +60,7 @@ def add_step_options(p: Parser, examples: str, batch: int) -> None:
     )
     p.add_argument("--context", type=positive, default=64, metavar="N", help="tokens of each sequence (default: 64)")
     p.add_argument("--steps", type=positive, default=50, metavar="N", help="measured steps (default: 50)")
-    p.add_argument("--json", action="store_true", help="the same as JSON")
+    add_output_options(p)
 
 
 def parse(p: Parser, argv: list[str]) -> argparse.Namespace:
@@ -74,18 +74,17 @@ def parse(p: Parser, argv: list[str]) -> argparse.Namespace:
 
 
 def launches(argv: list[str]) -> int:
+    args = parse(launches_parser(), argv)
     from metalstep.bench.host_time import bench_host_time
     from metalstep.bench.launches import bench_launches
     from metalstep.bench.prompts import Prompts
 
-    args = parse(launches_parser(), argv)
     if args.prefill and args.prefill > PREFILL_ROWS:
         raise CommandError(f"--prefill is {args.prefill}, and a step has at most {PREFILL_ROWS} rows", "a smaller number")
     if args.prefill and args.batch > 1:
         raise CommandError("--prefill profiles one prompt, so it does not go with --batch", "leave one of them out")
-    if not args.json:
-        what = f"prompt of {args.prefill}" if args.prefill else f"batch {args.batch}, context {args.context}"
-        print_head(args.model, f"{what}, {counted(args.steps, 'step')}, medians", args.device)
+    what = f"prompt of {args.prefill}" if args.prefill else f"batch {args.batch}, context {args.context}"
+    output = Output(args, "launches", argv, args.model, f"{what}, {counted(args.steps, 'step')}, medians", args.device)
     model, tokenizer = load_model(args)
     with model:
         prompts = Prompts.of(tokenizer)
@@ -94,21 +93,23 @@ def launches(argv: list[str]) -> int:
         )
         if not args.prefill:
             result["generation"] = bench_host_time(model, tokenizer, prompts, tokens=args.steps, batch=args.batch)
-    emit({**result, "note": note(args.device)}, args.json, describe_launches)
+    output.finish({**result, "note": note(args.device)}, describe_launches)
     return 0
 
 
 def sampling(argv: list[str]) -> int:
+    args = parse(sampling_parser(), argv)
     from metalstep.bench.sampling import bench_sampling
 
-    args = parse(sampling_parser(), argv)
-    if not args.json:
-        print_head(
-            args.model,
-            f"batch {args.batch}, context {args.context}, medians of {counted(args.steps, 'step')}, {counted(args.pairs, 'pair')}, "
-            "one token per native call",
-            args.device,
-        )
+    output = Output(
+        args,
+        "sampling",
+        argv,
+        args.model,
+        f"batch {args.batch}, context {args.context}, medians of {counted(args.steps, 'step')}, {counted(args.pairs, 'pair')}, "
+        "one token per native call",
+        args.device,
+    )
     model, tokenizer = load_model(args)
     with model:
         result = bench_sampling(
@@ -120,7 +121,7 @@ def sampling(argv: list[str]) -> int:
             pairs=args.pairs,
             progress=progress,
         )
-    emit({**result, "note": note(args.device)}, args.json, describe_sampling)
+    output.finish({**result, "note": note(args.device)}, describe_sampling)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Divergence against memory as a picture: SVG of our own, PNG through matplotlib where it is installed."""
+"""Divergence against memory as a picture: a point per scheme."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from metalstep.plot.file import check_plot, is_svg
+from metalstep.plot.svg import COLOURS, FLOOR, FRAME, GRID, decades, finish, nice_ticks, page, text
+
 WIDTH, HEIGHT = 900, 560
 LEFT, RIGHT, TOP, BOTTOM = 80, 30, 50, 60  # margins
+COLOUR = COLOURS[0]
 CHARACTER = 7.4  # width of a label's character
-FLOOR = 1e-12  # of a divergence that is drawn: a logarithm has no place for 0
 X_LABEL = "bytes of KV cache per token"
 Y_LABEL = "mean KL divergence from the float16 cache, nats"
 
@@ -34,21 +36,12 @@ def points_of(result: dict[str, Any]) -> list[Point]:
     return [Point(row["scheme"], row["kv_bytes_per_token"], row["kld_mean"], row["kld_stderr"]) for row in rows]
 
 
-def check_plot(path: str) -> None:
-    """Before anything is measured. Raises: ValueError for a file name of another kind; RuntimeError for a PNG without matplotlib."""
-    suffix = Path(path).suffix.lower()
-    if suffix not in (".svg", ".png"):
-        raise ValueError(f"--plot {path}: expected a name that ends in .svg or .png")
-    if suffix == ".png" and find_spec("matplotlib") is None:
-        raise RuntimeError(f"--plot {path}: a PNG needs matplotlib, which is not installed; name a .svg file, or `pip install matplotlib`")
-
-
 def write_plot(path: str, result: dict[str, Any]) -> None:
     """Raises: as check_plot; OSError."""
     check_plot(path)
     title = f"{result['model']}: {result['tokens']:,} tokens in windows of {result['context']:,}"
     points, reference = points_of(result), float(result["reference"]["kv_bytes_per_token"])
-    if Path(path).suffix.lower() == ".svg":
+    if is_svg(path):
         Path(path).write_text(svg(title, points, reference), "utf-8")
     else:
         _png(path, title, points, reference)
@@ -66,24 +59,19 @@ def svg(title: str, points: Sequence[Point], reference: float) -> str:
         return across, TOP + (HEIGHT - TOP - BOTTOM) * min(max(down, 0.0), 1.0)
 
     bottom = HEIGHT - BOTTOM
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}" '
-        'font-family="sans-serif" font-size="13">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        f'<text x="{WIDTH / 2}" y="26" text-anchor="middle" font-size="15">{escape(title)}</text>',
-    ]
+    parts = page(WIDTH, HEIGHT, title)
     for x in x_ticks:
         at, _ = place(x, 1)
-        parts.append(f'<path d="M{at:.1f} {TOP}V{bottom}" stroke="#e5e5e5"/>')
-        parts.append(f'<text x="{at:.1f}" y="{bottom + 18}" text-anchor="middle">{x:,.0f}</text>')
+        parts.append(f'<path d="M{at:.1f} {TOP}V{bottom}" stroke="{GRID}"/>')
+        parts.append(text(at, bottom + 18, f"{x:,.0f}", "middle"))
     for exponent in range(low, high + 1):
         _, at = place(0, 10.0**exponent)
-        parts.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="#e5e5e5"/>')
+        parts.append(f'<path d="M{LEFT} {at:.1f}H{WIDTH - RIGHT}" stroke="{GRID}"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{at + 4:.1f}" text-anchor="end">1e{exponent}</text>')
     at, _ = place(reference, 1)
     parts.append(f'<path d="M{at:.1f} {TOP}V{bottom}" stroke="#888" stroke-dasharray="5 4"/>')
     parts.append(f'<text x="{at - 6:.1f}" y="{TOP + 16}" text-anchor="end" fill="#666">float16</text>')
-    parts.append(f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{bottom - TOP}" fill="none" stroke="#444"/>')
+    parts.append(f'<rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" height="{bottom - TOP}" fill="none" stroke="{FRAME}"/>')
     parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 16}" text-anchor="middle">{X_LABEL}</text>')
     parts.append(f'<text transform="translate(20 {(TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">{Y_LABEL}</text>')
     # Left, right and baseline of what labels must not cover: points, and the labels so far.
@@ -92,14 +80,15 @@ def svg(title: str, points: Sequence[Point], reference: float) -> str:
         x, y = place(point.x, point.y)
         _, above = place(point.x, point.y + point.error)
         _, below = place(point.x, max(point.y - point.error, 10.0**low))
-        parts.append(f'<path d="M{x:.1f} {above:.1f}V{below:.1f}" stroke="#1f5fa8"/>')
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="#1f5fa8"><title>{escape(point.label)}: {point.y:.3g}</title></circle>')
+        parts.append(f'<path d="M{x:.1f} {above:.1f}V{below:.1f}" stroke="{COLOUR}"/>')
+        words = f"{escape(point.label)}: {point.y:.3g}"
+        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{COLOUR}"><title>{words}</title></circle>')
         width = CHARACTER * len(point.label)
         left, baseline = _label_place(x, y, width, taken)
         if baseline != y + 4:  # moved away: a line says whose it is
             parts.append(f'<path d="M{x:.1f} {y:.1f}L{left if left > x else left + width:.1f} {baseline - 4:.1f}" stroke="#999"/>')
         parts.append(f'<text x="{left:.1f}" y="{baseline:.1f}">{escape(point.label)}</text>')
-    return "\n".join([*parts, "</svg>", ""])
+    return finish(parts)
 
 
 def _label_place(x: float, y: float, width: float, taken: list[tuple[float, float, float]]) -> tuple[float, float]:
@@ -117,33 +106,15 @@ def _label_place(x: float, y: float, width: float, taken: list[tuple[float, floa
     return left, base
 
 
-def decades(values: Sequence[float]) -> tuple[int, int]:
-    """Powers of ten that enclose the values, at least one apart."""
-    if not values:
-        return -3, 0
-    low = math.floor(math.log10(max(min(values), FLOOR)))
-    high = math.ceil(math.log10(max(*values, FLOOR)))
-    return low, max(high, low + 1)
-
-
-def nice_ticks(low: float, high: float) -> list[float]:
-    """About six round numbers from `low` to the first that is not below `high`."""
-    raw = max(high - low, 1e-9) / 5
-    unit = 10.0 ** math.floor(math.log10(raw))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)
-    count = math.ceil((high - low) / step - 1e-9)
-    return [low + i * step for i in range(count + 1)]
-
-
 def _png(path: str, title: str, points: Sequence[Point], reference: float) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=150)
     axes = figure.subplots()
     for point in points:
-        axes.errorbar(point.x, point.y, yerr=point.error, fmt="o", color="#1f5fa8")
+        axes.errorbar(point.x, point.y, yerr=point.error, fmt="o", color=COLOUR)
         axes.annotate(point.label, (point.x, point.y), xytext=(6, 3), textcoords="offset points", fontsize=8)
     axes.axvline(reference, color="#888888", linestyle="--")
     axes.set(title=title, xlabel=X_LABEL, ylabel=Y_LABEL, yscale="log", xlim=(0, None))
-    axes.grid(color="#e5e5e5")
+    axes.grid(color=GRID)
     figure.savefig(path)

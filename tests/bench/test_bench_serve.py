@@ -217,7 +217,7 @@ def made_up_result():
     memory = totals([Usage(1, "a", 3 << 20, 1 << 20, 2 << 20, 0.0)])
     server = {"ready_s": {"samples": [9.0, 8.0]}, "memory_ready": memory, "memory_end": memory, "processes": [], "idle_cpu": 0.001}
     return {
-        "versions": {SERVER: "vLLM 0", GENERATE: "metalstep 0"},
+        "contenders": {SERVER: "vLLM 0", GENERATE: "metalstep 0"},
         "not_timed": serve.NOT_TIMED,
         "servers": [{"name": SERVER, **server}],
         "cases": [case_row(case, contender, found) for (case, contender), found in runs.items()],

@@ -142,7 +142,7 @@ def test_help_has_examples(capsys):
 @pytest.mark.parametrize(
     ("argv", "message", "hint"),
     [
-        (["vk"], "nothing to evaluate is called 'vk', expected kv", "metalstep eval --help"),
+        (["vk"], "no evaluation 'vk', expected one of kv", "metalstep eval --help"),
         (["kv"], "--text is needed", "--text FILE, or --text - for stdin"),
         (["kv", "--text", "/nowhere/x"], "--text /nowhere/x: No such file or directory", "the name of a text file"),
         (["kv", "--schemes", "turbo9", "--text", "TEXT"], "--schemes: no scheme 'turbo9', expected one of none", "metalstep eval"),

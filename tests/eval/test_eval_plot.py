@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metalstep.eval import plot
+from metalstep.plot import file
 
 POSITIVE = st.floats(1e-9, 100)
 
@@ -80,7 +81,7 @@ def test_another_kind_of_file_is_refused(name):
 
 
 def test_a_png_without_matplotlib_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(plot, "find_spec", lambda name: None)
+    monkeypatch.setattr(file, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match=r"needs matplotlib, which is not installed; name a \.svg file, or `pip install matplotlib`"):
         plot.check_plot("a.png")
 
