@@ -11,8 +11,8 @@ import mlx.core as mx
 import numpy as np
 
 from metalstep.kernels.kv_codec import KVCodec
-from metalstep.kv_cache import BLOCK_SIZE, LayerBlocks, PagedKVCache, from_blocks, layer_order, to_blocks
-from metalstep.kv_plane import STORED
+from metalstep.kv_cache import LayerBlocks, PagedKVCache, from_blocks, layer_order, to_blocks
+from metalstep.kv_plane import BLOCK_SIZE, STORED
 from metalstep.models.cache_file import KEPT_POSITIONS, LayerState, to_mlx
 from metalstep.request import Request
 from metalstep.scheduler import BlockTables, KVBlocks, Sequence

@@ -13,11 +13,13 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 
+from metalstep.choices import KV_DTYPES
 from metalstep.kernels import sample
 from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.native import NativeDevice, NativePlan, NativeUnavailable
-from metalstep.kv_cache import BLOCK_SIZE, DTYPES, CacheGroup, LayerShape
+from metalstep.kv_cache import CacheGroup, LayerShape
+from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.native_model import step_sizes
 from metalstep.plan.request_slots import RequestSlots
 from metalstep.plan.step_arrays import StepArrays
@@ -51,12 +53,12 @@ def cache_groups(skeleton: Any, dtype: str) -> list[CacheGroup]:
 
 
 def cache_dtype(skeleton: Any, dtype: mx.Dtype | None) -> str:
-    """Of keys and values: a name of kv_cache.DTYPES. dtype: of the weights once they are loaded, None: the skeleton's."""
+    """Of keys and values: a name of KV_DTYPES. dtype: of the weights once they are loaded, None: the skeleton's."""
     if dtype is None:
         pairs = (part.keys.dtype for entry in _traced(skeleton)[1] for part in _parts(entry) if _has_keys(part))
         dtype = next(pairs, mx.float32)
     name = str(dtype).rpartition(".")[2]
-    return name if name in DTYPES else "float32"
+    return name if name in KV_DTYPES else "float32"
 
 
 def eager_session(

@@ -99,7 +99,7 @@ def batch_eager(
     )
 
 
-def _callables(sampling: Sampling, vocab_size: int | None) -> tuple[Sampler | None, list[Callable]]:
+def _callables(sampling: Sampling, vocab_size: int | None) -> tuple[Sampler | None, list[Callable[..., Any]]]:
     """Sampler and processors for mlx-lm's loops. vocab_size: None when the config has none. Raises: NotImplementedError, by name."""
     if sampling.is_native:
         return mlx_sampling(sampling.params)
@@ -111,7 +111,7 @@ def _callables(sampling: Sampling, vocab_size: int | None) -> tuple[Sampler | No
     return sampler, list(sampling.processors or ())
 
 
-def mlx_sampling(params: SamplingParams) -> tuple[Sampler, list[Callable]]:
+def mlx_sampling(params: SamplingParams) -> tuple[Sampler, list[Callable[..., Any]]]:
     """mlx-lm's sampler and processors for `params`; seeds MLX where they draw.
 
     Raises: NotImplementedError for a field that mlx-lm has not.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 OK, WARN, FAIL = "ok", "warn", "fail"
+SLOW = "slow"  # of what works and could be faster
 
 
 @dataclass

@@ -16,7 +16,6 @@ from metalstep.plan.bindings import KVPlanes
 from metalstep.plan.row_compiler import named_inputs
 
 FLOAT16 = KVCodec("float16")
-DTYPES = ("float16", "bfloat16", "float32")  # of what is not encoded
 
 LayerBlocks = tuple[np.ndarray, np.ndarray]  # keys and values, as Plane.read has them
 

@@ -13,17 +13,13 @@ from metalstep.capture import CapturedModel, CaptureError
 from metalstep.capture.graph import Graph
 from metalstep.capture.passes.kinds import row_size
 from metalstep.checkpoint import Checkpoint
+from metalstep.choices import MAX_SEQS as MAX_SEQS
+from metalstep.choices import MAX_STEPS as MAX_STEPS
+from metalstep.choices import PREFILL_ROWS as PREFILL_ROWS
 from metalstep.explain import explain_cache, explain_plan
 from metalstep.kernels.native import NativeDevice
-from metalstep.kv_cache import (
-    BLOCK_SIZE,
-    CacheGroup,
-    PagedKVCache,
-    cache_capacity,
-    cache_groups,
-    layer_order,
-    with_scheme,
-)
+from metalstep.kv_cache import CacheGroup, PagedKVCache, cache_capacity, cache_groups, layer_order, with_scheme
+from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.kv_scheme import PLAIN, KVScheme
 from metalstep.memory_size import memory_size
 from metalstep.plan.lower import lower
@@ -34,10 +30,7 @@ from metalstep.plan.step_memory import StepMemory
 from metalstep.plan.target import PlanShape, Target
 from metalstep.sampling import MAX_LOGPROBS
 
-PREFILL_ROWS = 512  # rows of a step
-MAX_SEQS = 64  # sequences that run at once
 MAX_RESULTS = 64  # rows of a step that are sampled, or whose logits are wanted
-MAX_STEPS = 32  # decode steps of one native call
 DEFAULT_CONTEXT = 4096  # tokens, when neither the model nor the caller says
 ANY_ROWS = (7, 5)  # tokens and sampled rows of a graph: a lowered graph's rows are data
 

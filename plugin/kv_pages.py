@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from metalstep.explain import codec_runs
-from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, LayerShape
+from metalstep.kv_cache import CacheGroup, LayerShape
+from metalstep.kv_plane import BLOCK_SIZE
 
 Counts = Counter[LayerShape]  # layers by what they store
 

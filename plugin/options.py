@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+from metalstep.choices import ARITHMETIC, DEVICES
 from metalstep.kv_scheme import NAMES, VLLM_ALIASES, KVScheme, alias, parse
 from metalstep.kv_scheme import OPTIONS as OF_SCHEME
 
-DEVICES = ("host", "metal", "metal-sim", "eager")  # metalstep.model.DEVICES
-ARITHMETIC = ("int16", "int8")  # metalstep.kernels.linear.ARITHMETIC
 # What is not encoded, by --kv-cache-dtype.
 KV_FLOATS = {"auto": "float16", "float16": "float16", "bfloat16": "bfloat16", "float32": "float32"}
 KV_DTYPES = (*KV_FLOATS, *VLLM_ALIASES)  # of --kv-cache-dtype; float32 where vLLM's own list has it

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from metalstep.plugin.options import KV_DTYPES, VLLM_ALIASES
+from metalstep.kv_scheme import VLLM_ALIASES
+from metalstep.plugin.options import KV_DTYPES
 
 BLOCK_SIZE = 16  # metalstep.kv_cache.BLOCK_SIZE
 LOAD_FORMATS = ("auto", "hf", "safetensors", "mistral", "gguf")

@@ -37,12 +37,22 @@ MODEL is smollm2 (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory
 options are JSON in --additional-config: {"device": "host|metal|metal-sim|eager", "threads": N, "arithmetic": "int16|int8",
 "batch_invariant": true, "strict": true, "kv_scheme": "turbo8v4", ...}; docs/vllm.md has all of them, and the schemes of the KV cache.
 Tool and reasoning parsers are chosen by the chat template where no option says otherwise. What follows is vLLM's own help.
+
+examples:
+  metalstep serve smollm2
+  metalstep serve smollm2 --port 8001 --max-model-len 4096
+  metalstep serve smollm2 --additional-config '{"kv_scheme": "turbo8v4"}'
 """
 
 
 def main(argv: list[str]) -> int:
     """serve a model over HTTP with vLLM's OpenAI-compatible server (needs `metalstep setup vllm`)"""
     if reason := unsupported():
+        if argv and argv[0] in ("-h", "--help"):
+            text, hint = split_hint(reason)
+            print(HELP)
+            print(f"{text}, so that its help is not shown. {hint or ''}".rstrip())
+            return 0
         raise CommandError(*split_hint(reason))
     model = find_model(argv[0]) if argv and not argv[0].startswith("-") else None  # a wrong name needs no vLLM to be found
     prepare_environment()

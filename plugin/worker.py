@@ -9,7 +9,8 @@ from vllm.logger import init_logger
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheSpec, SlidingWindowSpec
 from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 
-from metalstep.kv_cache import BLOCK_SIZE, CacheGroup, with_scheme
+from metalstep.kv_cache import CacheGroup, with_scheme
+from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.kv_scheme import PLAIN
 from metalstep.memory_size import free_memory
 from metalstep.plugin import engine_errors, kv_pages, scheduler

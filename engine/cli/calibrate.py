@@ -6,16 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from metalstep.cli.bench_output import HelpFormatter, progress
+from metalstep.cli.bench_output import progress
 from metalstep.cli.errors import CommandError
 from metalstep.cli.eval import read_text
-from metalstep.cli.parser import Parser, counted, memory, positive
+from metalstep.cli.parser import MODEL_HELP, Parser, counted, memory, positive
 
-EXAMPLES = """examples:
-  metalstep calibrate --model smollm2
-  metalstep calibrate --model model.gguf --text book.txt --tokens 8192"""
+EXAMPLES = [
+    "metalstep calibrate --model smollm2",
+    "metalstep calibrate --model model.gguf --text book.txt --tokens 8192",
+    "metalstep calibrate --model smollm2 --json > key_means.json",
+]
 
 
 def parser() -> Parser:
@@ -23,9 +23,9 @@ def parser() -> Parser:
         "metalstep calibrate",
         "Measure the mean of each layer's keys over a text and keep it beside the model (or in metalstep's cache folder). A KV scheme with "
         "few bits for keys then encodes what is left without it, which is much less where keys share a large offset (Qwen2, Qwen2.5).",
+        EXAMPLES,
     )
-    p.formatter_class, p.epilog = HelpFormatter, EXAMPLES
-    p.add_argument("--model", required=True, metavar="MODEL", help="smollm2, a .gguf file, a directory or a Hugging Face id")
+    p.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--text", metavar="FILE", help="text to run over, - for stdin (default: Python's heapq.__about__)")
     p.add_argument("--tokens", type=positive, metavar="N", help="tokens of the text that are used (default: all)")
     p.add_argument("--json", action="store_true", help="the same as JSON")
@@ -36,12 +36,12 @@ def parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """measure the mean of a model's keys, which KV schemes with few bits take off before they encode"""
+    """measure the mean of a model's keys, which KV schemes with few bits take off"""
+    args = parser().parse_args(argv)
     from metalstep import key_means
     from metalstep.bench.prompts import TEXT
     from metalstep.eval.calibrate import calibrate
 
-    args = parser().parse_args(argv)
     text = TEXT if args.text is None else read_text(args.text)
     options = {name: getattr(args, name) for name in ("device", "threads", "kv_memory") if getattr(args, name) is not None}
     path, layers, about = calibrate(args.model, text, tokens=args.tokens, progress=progress, **options)
@@ -58,6 +58,8 @@ def main(argv: list[str]) -> int:
 
 def report(model: str, saved: Path, layers: dict[object, Any], about: dict[str, str]) -> dict[str, Any]:
     """What was measured, without the means themselves. ratio: a mean's length over the rms length of what is left; see describe."""
+    import numpy as np
+
     from metalstep import key_means
 
     return {
@@ -80,6 +82,8 @@ def report(model: str, saved: Path, layers: dict[object, Any], about: dict[str, 
 
 def describe(result: dict[str, Any]) -> list[str]:
     """The report in lines to read."""
+    import numpy as np
+
     from metalstep.eval.calibrate import MATTERS
 
     lines = [

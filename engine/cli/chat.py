@@ -6,11 +6,12 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metalstep.cli.conversation import Conversation
 from metalstep.cli.errors import CommandError, report
 from metalstep.cli.parser import (
+    MODEL_HELP,
     Parser,
     add_load_options,
     boolean,
@@ -21,10 +22,12 @@ from metalstep.cli.parser import (
 )
 from metalstep.cli.progress import PromptProgress
 from metalstep.cli.sampling import SAMPLING, add_request_options, check_sampling, request_options, with_special_tokens
+from metalstep.cli.status_line import StatusLine
 from metalstep.cli.terminal import Interrupts, Lines
-from metalstep.generate import GenerationResponse, stream_generate
-from metalstep.model import Model
-from metalstep.token_ids import check_text
+
+if TYPE_CHECKING:
+    from metalstep.generate import GenerationResponse
+    from metalstep.model import Model
 
 # What ends an answer and not the chat.
 FAILURES = (CommandError, ValueError, NotImplementedError, RuntimeError, OSError, MemoryError)
@@ -38,8 +41,13 @@ def parser() -> Parser:
         "metalstep chat",
         "Talk with a model. Answers stream to stdout; speeds and messages go to stderr. Input that is no terminal is read line by line, "
         "one message each. /help lists the commands; Ctrl-C stops an answer, Ctrl-D ends.",
+        [
+            "metalstep chat --model smollm2",
+            'metalstep chat --model smollm2 --system-prompt "You are brief." --temp 0.7',
+            "printf 'Hi, I am Ada.\\nWhat is my name?\\n' | metalstep chat --model smollm2 --verbose false",
+        ],
     )
-    p.add_argument("--model", required=True, metavar="MODEL", help="smollm2, a .gguf file, a directory or a Hugging Face id")
+    p.add_argument("--model", required=True, metavar="MODEL", help=MODEL_HELP)
     p.add_argument("--system-prompt", metavar="TEXT", help="the system message")
     p.add_argument(
         "-m", "--max-tokens", type=int, default=MAX_TOKENS, metavar="N", help="tokens of an answer, -1 for no limit (default: 256)"
@@ -47,7 +55,12 @@ def parser() -> Parser:
     p.add_argument("--chat-template-config", type=json_object, metavar="JSON", help="arguments for the chat template")
     p.add_argument("--trust-remote-code", action="store_true", help="let the tokenizer run code that comes with the model")
     p.add_argument(
-        "--verbose", type=boolean, default=True, metavar="true|false", help="print speeds after each answer (default: true)"
+        "--verbose",
+        type=boolean,
+        nargs="?",
+        const=True,
+        metavar="true|false",
+        help="print speeds after each answer (default: true); --verbose alone also shows them while an answer comes, on a terminal",
     )
     refuse(p, "--pipeline", "a model runs on one machine", "leave it out")
     add_request_options(p)
@@ -58,6 +71,8 @@ def parser() -> Parser:
 def main(argv: list[str]) -> int:
     """talk with a model"""
     args = parser().parse_args(argv)
+    from metalstep.token_ids import check_text
+
     options = request_options(args)
     check_text("--system-prompt", args.system_prompt or "")
     tokenizer_config = {"trust_remote_code": True} if args.trust_remote_code else None
@@ -76,14 +91,16 @@ class Chat:
     """A conversation with a model: reads messages and commands, writes answers."""
 
     def __init__(
-        self, model: Model, tokenizer: Any, options: dict[str, Any], template: dict[str, Any], verbose: bool = True
+        self, model: Model, tokenizer: Any, options: dict[str, Any], template: dict[str, Any], verbose: bool | None = None
     ):
-        """options: stream_generate's keywords. template: arguments of the chat template."""
+        """options: stream_generate's keywords. template: arguments of the chat template. verbose: speeds behind each answer, unless False;
+        True: also while it comes."""
         self.model = model
         self.tokenizer = tokenizer
         self.options = options
         self.template = template
-        self.verbose = verbose
+        self.verbose = verbose is not False
+        self.live = verbose is True
         self.conversation = Conversation()
         self.lines = Lines()
         self.interrupted = False  # by Ctrl-C since the last message was read
@@ -142,6 +159,8 @@ class Chat:
     # ---- answers ------------------------------------------------------------------------------------------------------------
     def ask(self, text: str) -> None:
         """Add a message and answer it. One that cannot be answered is taken back: the conversation stays usable."""
+        from metalstep.token_ids import check_text
+
         check_text("the message", text)
         self.conversation.add("user", text)
         try:
@@ -158,6 +177,7 @@ class Chat:
             prompt = self.prompt()
             began = first = latest = time.perf_counter()
             stream = self.stream(prompt, interrupts)
+            status = StatusLine(self.model, self.live)
             try:
                 for response in stream:
                     latest = time.perf_counter()
@@ -165,7 +185,7 @@ class Chat:
                         first = latest
                     last = response
                     parts.append(response.text)
-                    print(response.text, end="", flush=True)
+                    status.write(response.text)
                     if interrupts.asked:
                         break
             except Stopped:
@@ -177,6 +197,7 @@ class Chat:
                 report(error)
             finally:
                 self.interrupted = interrupts.asked
+                status.end()
                 stream.close()
         print(flush=True)
         if parts:
@@ -207,6 +228,8 @@ class Chat:
             progress(done, total)
             if interrupts.asked:
                 raise Stopped
+
+        from metalstep.generate import stream_generate
 
         return stream_generate(self.model, self.tokenizer, prompt, prompt_progress_callback=reported, **options)
 
@@ -246,6 +269,8 @@ class Chat:
 
     def system(self, argument: str) -> None:
         """set the system message; without TEXT remove it"""
+        from metalstep.token_ids import check_text
+
         check_text("the system message", argument)
         self.conversation.set_system(argument)
         say("system message set" if argument else "no system message")

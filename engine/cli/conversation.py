@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from metalstep.cli.errors import CommandError
-from metalstep.token_ids import check_text
 
 ROLES = ("system", "user", "assistant", "tool")
 Message = dict[str, Any]
@@ -75,6 +74,8 @@ class Conversation:
 
 def check_messages(path: str, messages: Any) -> None:
     """Raises: CommandError for anything but a list of messages with text."""
+    from metalstep.token_ids import check_text
+
     hint = 'pass a list of {"role": ..., "content": ...} as /save writes it'
     if not isinstance(messages, list):
         raise CommandError(f"{path} holds no list of messages", hint)

@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from metalstep.cli.bench_output import HelpFormatter, emit, print_head, progress
-from metalstep.cli.errors import CommandError
-from metalstep.cli.parser import Parser, add_device_options, counted, integers, memory, positive
-from metalstep.kernels.linear import ARITHMETIC
+from metalstep.choices import ARITHMETIC
+from metalstep.cli.bench_output import emit, print_head, progress
+from metalstep.cli.errors import CommandError, unknown
+from metalstep.cli.parser import MODEL_HELP, Parser, add_device_options, counted, integers, memory, positive
 
 HELP = """usage: metalstep eval kv [options]
 
@@ -19,23 +19,29 @@ examples:
   metalstep eval kv --model smollm2 --schemes affine8,turbo8v4,turbo4v2 --text book.txt
 
 `metalstep eval kv --help` describes it."""
-KV_EXAMPLES = """examples:
-  metalstep eval kv --model smollm2 --schemes affine8,turbo8v4,turbo4v2,q8_0,q4_0 --text book.txt
-  metalstep eval kv --schemes turbo4,turbo4:boundary=0,turbo4:scale=matched/unbiased --text book.txt --tokens 4096 --no-needles
-  metalstep eval kv --schemes turbo4v2,turbo3 --text book.txt --needle-lengths 512,2048 --plot quality.svg --json > quality.json"""
+KV_EXAMPLES = [
+    "metalstep eval kv --model smollm2 --schemes affine8,turbo8v4,turbo4v2,q8_0,q4_0 --text book.txt",
+    "metalstep eval kv --schemes turbo4,turbo4:boundary=0,turbo4:scale=matched/unbiased --text book.txt --tokens 4096 --no-needles",
+    "metalstep eval kv --schemes turbo4v2,turbo3 --text book.txt --needle-lengths 512,2048 --plot quality.svg --json > quality.json",
+]
 SCHEMES = "affine8,turbo8v4,turbo4,turbo4v2,q8_0,q4_0"
 CONTEXT = 2048  # tokens of a window
 NEEDLE_LENGTH = 1024
 
 
 def main(argv: list[str]) -> int:
-    """quality of KV schemes on a text: divergence from the float16 cache, perplexity, needles, a table and a plot"""
+    """measure what KV schemes cost in quality on a text: divergence, perplexity, needles"""
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP)
         return 0
     if argv[0] != "kv":
-        raise CommandError(f"nothing to evaluate is called {argv[0]!r}, expected kv", "metalstep eval --help")
+        raise unknown("no evaluation", argv[0], parsers(), "metalstep eval --help")
     return kv(argv[1:])
+
+
+def parsers() -> dict[str, Parser]:
+    """By subcommand."""
+    return {"kv": kv_parser()}
 
 
 def kv_parser() -> Parser:
@@ -43,9 +49,9 @@ def kv_parser() -> Parser:
         "metalstep eval kv",
         "Quality of the KV cache's schemes on a text, each side by side with a float16 cache: KL divergence of the next token's "
         "distribution, agreement on the most likely token, perplexity, and a needle hidden in the text.",
+        KV_EXAMPLES,
     )
-    p.formatter_class, p.epilog = HelpFormatter, KV_EXAMPLES
-    p.add_argument("--model", default="smollm2", metavar="MODEL", help="the model (default: smollm2)")
+    p.add_argument("--model", default="smollm2", metavar="MODEL", help=f"{MODEL_HELP} (default: smollm2)")
     p.add_argument(
         "--schemes", default=SCHEMES, metavar="A,B,…",
         help="names of load's kv_scheme, with options behind colons (boundary=, norm_dtype=, scale=, key_center=, dtype=), and to compare "
@@ -72,11 +78,12 @@ def kv_parser() -> Parser:
 
 
 def kv(argv: list[str]) -> int:
-    from metalstep.eval.kv import evaluate_kv
-    from metalstep.eval.plot import check_plot, write_plot
-    from metalstep.eval.schemes import schemes_of
-
     args = kv_parser().parse_args(argv)
+    from metalstep.eval.kv import evaluate_kv
+    from metalstep.eval.plot import write_plot
+    from metalstep.eval.schemes import schemes_of
+    from metalstep.plot.file import check_plot
+
     if args.device == "eager":
         raise CommandError("--device eager keeps mlx-lm's own cache, which has no schemes", "leave --device out")
     if args.no_needles and args.needle_lengths:

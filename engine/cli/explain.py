@@ -10,9 +10,7 @@ from typing import Any
 
 from metalstep.chips import CHIPS, find_chip
 from metalstep.cli.errors import CommandError
-from metalstep.cli.parser import Parser, add_load_options, counted, load_model, positive, scheme_options
-from metalstep.explain import codec_runs
-from metalstep.kv_scheme import parse
+from metalstep.cli.parser import MODEL_HELP, Parser, add_load_options, counted, load_model, positive, scheme_options
 
 MIB = 1 << 20
 CONTEXT = 1024  # tokens of each sequence, unless told otherwise
@@ -25,8 +23,14 @@ def parser() -> Parser:
         "metalstep explain",
         "Show how a model runs: launches per token and what each fused, barriers, bytes read per token, memory; "
         "or why it runs eagerly. With --chip or --shape the step is planned for an Apple GPU on paper, on any machine.",
+        [
+            "metalstep explain smollm2",
+            "metalstep explain smollm2 --all",
+            "metalstep explain --shape qwen3-0.6b --chip m4-max --context 4096",
+            "metalstep explain smollm2 --kv-scheme turbo4v2 --json",
+        ],
     )
-    p.add_argument("model", metavar="MODEL", nargs="?", help="smollm2, a .gguf file, a directory or a Hugging Face id")
+    p.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     p.add_argument("--json", action="store_true", help="everything as one JSON object")
     p.add_argument("--all", action="store_true", help="every launch in order instead of one row per kind")
     paper = p.add_argument_group("a plan on paper, for --device metal")
@@ -43,7 +47,7 @@ def parser() -> Parser:
 
 
 def main(argv: list[str]) -> int:
-    """show what one token costs: launches and what each fused, barriers, bytes; on paper for any chip"""
+    """show what one token costs: launches and what each fused, bytes; also on paper"""
     args = parser().parse_args(argv)
     if args.model and args.shape:
         raise CommandError("MODEL and --shape exclude each other", "leave one of them out")
@@ -66,6 +70,7 @@ def on_paper(args: argparse.Namespace) -> dict[str, Any]:
     """The report of a step that is planned for Metal and not run."""
     from metalstep.checkpoint import Checkpoint, open_checkpoint
     from metalstep.explain import explain_on_paper
+    from metalstep.kv_scheme import parse
     from metalstep.plan.gpu_target import GpuTarget
     from metalstep.shapes import ShapeCheckpoint
 
@@ -139,6 +144,8 @@ def cache_lines(kv: dict[str, Any]) -> list[str]:
     """The KV cache's encoding where it has one: what it gains, and which layers have which codecs."""
     if kv["scheme"] == "none":
         return []
+    from metalstep.explain import codec_runs
+
     centred = f", keys of {counted(kv['centred_layers'], 'layer')} centred" if kv["centred_layers"] else ""
     gained = f"{kv['capacity']:.2f}x the tokens of float16 in the same memory"
     return [f"KV cache            {kv['effective']}{centred}: {gained}", *(f"  {run}" for run in codec_runs(kv))]

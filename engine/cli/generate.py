@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import (
+    MODEL_HELP,
     Parser,
     add_load_options,
     boolean,
@@ -17,10 +19,11 @@ from metalstep.cli.parser import (
 )
 from metalstep.cli.progress import PromptProgress
 from metalstep.cli.sampling import add_request_options, request_options, with_special_tokens
-from metalstep.generate import GenerationResponse, stream_generate
-from metalstep.model import Model
-from metalstep.models.cache import load_prompt_cache
-from metalstep.token_ids import check_text
+from metalstep.cli.status_line import StatusLine
+
+if TYPE_CHECKING:
+    from metalstep.generate import GenerationResponse
+    from metalstep.model import Model
 
 MARK = "<the prompt>"  # stands for the user's message to find where it begins
 
@@ -30,9 +33,15 @@ def parser() -> Parser:
     p = Parser(
         "metalstep generate",
         "Generate text. The text streams to stdout; speeds and the device go to stderr. Options have mlx_lm.generate's names.",
+        [
+            'metalstep generate --model smollm2 --prompt "What is the capital of France?"',
+            'metalstep generate --model smollm2 --prompt "Write a poem about rain." --temp 0.8 --top-p 0.95 --max-tokens 400',
+            "metalstep generate --model smollm2 --prompt - --system-prompt 'Summarise in one sentence.' < notes.txt",
+            'metalstep generate --model smollm2 --prompt "Name a colour." --json',
+        ],
     )
     p.add_argument(
-        "--model", required=True, metavar="MODEL", help="smollm2, a .gguf file, a directory or a Hugging Face id"
+        "--model", required=True, metavar="MODEL", help=MODEL_HELP
     )
     p.add_argument(
         "-p", "--prompt", required=True, help="the prompt; \\n and \\t are read as line break and tab; - reads stdin"
@@ -66,9 +75,14 @@ def parser() -> Parser:
     p.add_argument(
         "--verbose",
         type=boolean,
+        nargs="?",
+        const=True,
         metavar="true|false",
-        help="print speeds and the device to stderr (default: true); true also prints the progress of a long prompt where stderr is no "
-        "terminal",
+        help="print speeds and the device to stderr (default: true); --verbose alone also shows the speed while the text comes, on a "
+        "terminal, what the KV cache held, and the progress of a long prompt where stderr is no terminal",
+    )
+    p.add_argument(
+        "--json", action="store_true", help="one JSON object at the end instead of text: text, tokens, finish_reason, speeds, device"
     )
     p.add_argument(
         "--prompt-cache-file",
@@ -91,6 +105,9 @@ def main(argv: list[str]) -> int:
     verbose = args.verbose is not False
     options = request_options(args)
     text = sys.stdin.read() if args.prompt == "-" else args.prompt.replace("\\n", "\n").replace("\\t", "\t")
+    from metalstep.generate import stream_generate
+    from metalstep.token_ids import check_text
+
     for name, given in (("the prompt", text), ("--system-prompt", args.system_prompt), ("--prefill-response", args.prefill_response)):
         check_text(name, given or "")
     if not text:
@@ -108,12 +125,21 @@ def main(argv: list[str]) -> int:
         if verbose:
             options["prompt_progress_callback"] = PromptProgress(lines=args.verbose is True)
         options = with_special_tokens(options, tokenizer)
-        last = None
+        last, texts, tokens = None, [], []
+        status = StatusLine(model, args.verbose is True)
         for last in stream_generate(model, tokenizer, ids, **options):
-            print(last.text, end="", flush=True)
-        print(flush=True)
+            texts.append(last.text)
+            tokens.append(last.token)
+            if not args.json:
+                status.write(last.text)
+        status.end()
+        if args.json:
+            print(json.dumps(answer(args.model, model, texts, tokens, last), indent=2))
+        print(end="" if args.json else "\n", flush=True)
         if verbose and last is not None:
             print("\n".join(statistics(model, last)), file=sys.stderr)
+        if args.verbose is True and model.native is not None:
+            print(kv_peak(model), file=sys.stderr)
     return 0
 
 
@@ -149,6 +175,8 @@ def saved_cache(model: Model, path: str) -> Any:
         from mlx_lm.models.cache import load_prompt_cache as load_eager_cache
 
         return load_eager_cache(path)
+    from metalstep.models.cache import load_prompt_cache
+
     return load_prompt_cache(path)
 
 
@@ -161,6 +189,13 @@ def rendered(tokenizer: Any, messages: list[dict[str, str]], args: Any) -> str:
         continue_final_message=args.prefill_response is not None,
         **(args.chat_template_config or {}),
     )
+
+
+def answer(name: str, model: Model, texts: list[str], tokens: list[int], last: GenerationResponse | None) -> dict[str, Any]:
+    """What --json prints. Speeds in tokens per second, memory in GB; null where nothing was generated."""
+    counts = ("prompt_tokens", "cached_tokens", "generation_tokens", "finish_reason", "prompt_tps", "generation_tps", "peak_memory")
+    about = {"model": name, "device": model.device_description, "text": "".join(texts), "tokens": [int(token) for token in tokens]}
+    return {**about, **{count: getattr(last, count, None) for count in counts}}
 
 
 def statistics(model: Model, last: GenerationResponse) -> list[str]:
@@ -177,6 +212,12 @@ def statistics(model: Model, last: GenerationResponse) -> list[str]:
         f"device: {device}",
         f"peak memory: {last.peak_memory:.3f} GB",
     ]
+
+
+def kv_peak(model: Model) -> str:
+    """A line on what the KV cache has held at most."""
+    stats = model.engine.stats()
+    return f"KV cache: {stats.kv_peak_bytes / 1e6:.1f} of {stats.kv_total_bytes / 1e6:,.0f} MB"
 
 
 def decode_rate(last: GenerationResponse) -> str:

@@ -4,24 +4,72 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
+import shlex
+import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from metalstep.cli.errors import CommandError
-from metalstep.kernels.linear import ARITHMETIC
-from metalstep.kv_cache import DTYPES
+from metalstep.choices import ARITHMETIC, DEVICES, KV_DTYPES
+from metalstep.cli.errors import CommandError, closest
 from metalstep.memory_size import memory_size
-from metalstep.model import DEVICES, Model, load
+
+if TYPE_CHECKING:
+    from metalstep.model import Model
+
+MODEL_HELP = "smollm2, a .gguf file, a directory or a Hugging Face id (owner/name, or owner/name:Q4_K_M of GGUF files)"
+MISSING = "the following arguments are required: "  # what argparse says first, also where an option is only mistyped
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Leaves a text with line breaks, such as examples, as it is."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises CommandError where argparse prints its usage and exits."""
+    """An argument parser that raises CommandError where argparse prints its usage and exits.
 
-    def __init__(self, prog: str, description: str):
-        super().__init__(prog=prog, description=description, allow_abbrev=False)
+    examples: calls of this command that work as they are, for the end of its help. The command line checks that they parse.
+    """
+
+    def __init__(self, prog: str, description: str, examples: Sequence[str] = ()):
+        super().__init__(prog=prog, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
+        if examples:
+            self.epilog = "examples:\n" + "\n".join(f"  {line}" for line in examples)
+        self._given: list[str] = []
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._given = list(args or [])
+        return super().parse_known_args(args, namespace)
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        if message:  # argparse swallows the error of a reader that has left
+            (file or sys.stdout).write(message)
 
     def error(self, message: str) -> NoReturn:
+        known = self._option_string_actions
+        for word in (text.partition("=")[0] for text in self._given if text.startswith("--")):
+            if word not in known and word != "--" and message.startswith((MISSING, "unrecognized arguments: ")):
+                meant = closest(word, [name for name in known if known[name].help != argparse.SUPPRESS])
+                if message.startswith(MISSING) and meant:
+                    message = f"unrecognized arguments: {word}"
+                if meant and word in message:
+                    raise CommandError(message, f"did you mean {meant}? `{self.prog} --help` lists the options")
+        first = self._given[0] if self._given else "-"
+        stray = (message.startswith(MISSING) and "--model" in message) or message == f"unrecognized arguments: {first}"
+        if stray and "--model" in known and not first.startswith("-"):
+            raise CommandError(message, f"name the model behind its option: {self.prog} --model {shlex.quote(first)}")
         raise CommandError(message, f"{self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            if meant := closest(str(value), map(str, action.choices or ())):
+                raise CommandError(str(error), f"did you mean {meant}? `{self.prog} --help` lists the options") from None
+            raise
 
 
 class Refused(argparse.Action):
@@ -106,9 +154,19 @@ def add_device_options(parser: argparse._ActionsContainer) -> None:
     )
 
 
+def add_source_options(group: argparse._ActionsContainer) -> None:
+    """Which weights are read of a model, and as what: `revision` and `quantize` of `open_checkpoint`."""
+    group.add_argument("--revision", metavar="REV", help="branch, tag or commit of a Hugging Face id (default: main)")
+    group.add_argument(
+        "--quantize", metavar="KIND",
+        help="quantise a floating-point model while it is loaded: 4bit, 8bit, 4bit:32, mxfp4, mixed_4_6, … (`metalstep convert` keeps it)",
+    )  # fmt: skip
+
+
 def add_load_options(parser: argparse.ArgumentParser) -> None:
     """The options that `load_model` reads."""
     group = parser.add_argument_group("how the model runs")
+    add_source_options(group)
     add_device_options(group)
     group.add_argument(
         "--threads", type=positive, metavar="N", help="threads of the host device (default: all that it may use)"
@@ -120,7 +178,7 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         help="of quantised weights: int16 is near-exact (default), int8 is faster with many rows and less exact",
     )
     group.add_argument(
-        "--kv-dtype", choices=DTYPES, default="float16", help="type of the KV cache (default: float16)"
+        "--kv-dtype", choices=KV_DTYPES, default="float16", help="type of the KV cache (default: float16)"
     )
     add_scheme_options(group)
     group.add_argument(
@@ -166,19 +224,31 @@ def scheme_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+def of_something_else(record: logging.LogRecord) -> bool:
+    """Not of a prompt beyond the context: metalstep refuses that in its own words, where transformers speaks of indexing errors to come."""
+    return "longer than the specified maximum" not in record.getMessage()
+
+
 def load_model(args: argparse.Namespace, **others: Any) -> tuple[Model, Any]:
     """`metalstep.load` with the options of `add_load_options`; (model, tokenizer)."""
+    from metalstep.cli.progress import load_progress
+    from metalstep.model import load
+
+    logging.getLogger("transformers.tokenization_utils_base").addFilter(of_something_else)
     if args.kv_memory is not None:
         others["kv_memory"] = args.kv_memory
-    return load(
-        args.model,
-        device=args.device,
-        batch_invariant=args.batch_invariant,
-        threads=args.threads,
-        strict=args.strict,
-        arithmetic=args.arithmetic,
-        kv_dtype=args.kv_dtype,
-        max_context=args.max_context,
-        **scheme_options(args),
-        **others,
-    )
+    with load_progress(str(args.model)):
+        return load(
+            args.model,
+            revision=args.revision,
+            quantize=args.quantize,
+            device=args.device,
+            batch_invariant=args.batch_invariant,
+            threads=args.threads,
+            strict=args.strict,
+            arithmetic=args.arithmetic,
+            kv_dtype=args.kv_dtype,
+            max_context=args.max_context,
+            **scheme_options(args),
+            **others,
+        )

@@ -1,12 +1,55 @@
-"""How much of a long prompt is processed, on stderr while it is."""
+"""How far a load and a long prompt have come, on stderr while they last."""
 
 from __future__ import annotations
 
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from metalstep import loading
+from metalstep.hub.progress import CLEAR_LINE
 
 LONG = 2048  # tokens of a prompt that is worth a line
-CLEAR_LINE = "\r\x1b[K"
+PATIENCE = 1.0  # seconds of a load that are not worth a line
+INTERVAL = 0.2  # seconds between two drawings of it
+
+
+@contextmanager
+def load_progress(name: str) -> Iterator[None]:
+    """A line on what a load does, where stderr is a terminal and the load takes longer than PATIENCE. name: of the model."""
+    if sys.stderr is None or not sys.stderr.isatty():
+        yield
+        return
+    now = [("", 0, 0)]
+    ended = threading.Event()
+
+    def heard(what: str, done: int, total: int) -> None:
+        now[0] = (what, done, total)
+
+    def draw() -> None:
+        drawn, wait = False, PATIENCE
+        while not ended.wait(wait):
+            drawn, wait = True, INTERVAL
+            print(f"{CLEAR_LINE}{load_text(name, *now[0])}", end="", file=sys.stderr, flush=True)
+        if drawn:
+            print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+
+    drawing = threading.Thread(target=draw, daemon=True)
+    drawing.start()
+    try:
+        with loading.heard_by(heard):
+            yield
+    finally:
+        ended.set()
+        drawing.join()
+
+
+def load_text(name: str, what: str, done: int, total: int) -> str:
+    """`m.gguf: loading weights, 1.2 of 4.5 GB`."""
+    size = f", {done / 1e9:.1f} of {total / 1e9:.1f} GB" if total else ""
+    return f"{name}: {what or 'opening'}{size}"
 
 
 class PromptProgress:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 from metalstep.cli.parser import positive, refuse
-from metalstep.generate_options import max_tokens_from
-from metalstep.sampling import SamplingParams
 
 
 def token_biases(text: str) -> dict[int, float]:
@@ -82,6 +80,9 @@ def request_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def check_sampling(options: dict[str, Any]) -> None:
     """Raises: ValueError for a sampling option or max_tokens outside its range. Loading takes minutes: a wrong value is known before."""
+    from metalstep.generate_options import max_tokens_from
+    from metalstep.sampling import SamplingParams
+
     fields = {name: value for name, value in options.items() if name in SAMPLING}
     SamplingParams(**{"temperature" if name == "temp" else name: value for name, value in fields.items()})
     if "max_tokens" in options:

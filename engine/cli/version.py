@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import platform
+import subprocess
 from importlib.metadata import version
+from pathlib import Path
 
 import metalstep
 from metalstep.kernels import params
@@ -26,3 +28,17 @@ def versions() -> dict[str, str]:
     info = device.info
     device.close()
     return {**rows, "isa": f"{info.isa}, {info.threads} threads"}
+
+
+def git_commit() -> str | None:
+    """Of the checkout that this is run from, with a + where files differ from it; None for an installed package."""
+    top = Path(metalstep.__file__).resolve().parents[1]
+    if not (top / ".git").exists():
+        return None
+    try:
+        git = ["git", "-C", str(top)]
+        commit = subprocess.run([*git, "rev-parse", "--short=8", "HEAD"], capture_output=True, text=True, timeout=10)
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return None if commit.returncode else commit.stdout.strip() + ("+" if changed.stdout.strip() else "")

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 
-class PromptCache(list):
+class PromptCache(list[Any]):
     """A sequence's keys and values; a list of layers as in mlx-lm. Of one model; used by one request at a time.
 
     Filled by the engine's CacheKeeper. Contents are in one of: held (blocks of the KV cache), spilled (those blocks, on the host) and
@@ -141,7 +141,7 @@ class PromptCache(list):
     def __copy__(self) -> PromptCache:
         return self.copy()
 
-    def __deepcopy__(self, memo: dict) -> PromptCache:
+    def __deepcopy__(self, memo: dict[Any, Any]) -> PromptCache:
         return self.copy()
 
     def __reduce__(self) -> Any:
@@ -280,7 +280,8 @@ def save_prompt_cache(file_name: str | os.PathLike[str], cache: Any, metadata: d
     if not isinstance(cache, PromptCache):
         from mlx_lm.models.cache import save_prompt_cache as mlx_save_prompt_cache
 
-        return mlx_save_prompt_cache(os.fspath(file_name), cache, metadata)
+        mlx_save_prompt_cache(os.fspath(file_name), cache, metadata)
+        return
     cache.check_idle()
     encoding = cache.engine.caches.encoding if cache.engine is not None else cache.encoding
     write_cache(os.fspath(file_name), _states(cache), cache.tokens, cache.max_kv_size, metadata or {}, encoding)

@@ -32,6 +32,17 @@ def test_a_prompt_from_stdin_and_no_statistics():
     assert run.stdout.strip()
 
 
+def test_json_is_one_object_with_the_text_and_its_tokens():
+    options = ["--model", "smollm2", "--prompt", "Count to three.", "--max-tokens", "6", "--verbose", "false"]
+    run = metalstep("generate", *options, "--json")
+    assert (run.returncode, run.stderr) == (0, "")
+    answer = json.loads(run.stdout)
+    assert answer["text"] + "\n" == metalstep("generate", *options).stdout
+    assert len(answer["tokens"]) == answer["generation_tokens"] == 6
+    assert (answer["finish_reason"], answer["model"]) == ("length", "smollm2")
+    assert answer["prompt_tokens"] > 6 and answer["prompt_tps"] > 0 and answer["generation_tps"] > 0
+
+
 def test_a_seed_repeats_its_text():
     options = ["--model", "smollm2", "--prompt", "Tell me a story.", "--max-tokens", "12", "--temp", "1", "--seed"]
     first, again, other = (metalstep("generate", *options, seed).stdout for seed in ("1", "1", "2"))
