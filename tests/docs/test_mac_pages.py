@@ -2,14 +2,10 @@
 
 import re
 import shlex
-import subprocess
-import tomllib
 from pathlib import Path
 
 import pytest
-
-from metalstep.cli import main as command
-from metalstep.cli.parser import Parser
+from printed_commands import check
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "docs" / name for name in ("not_run_on_a_mac.md", "metal.md")]
@@ -36,57 +32,9 @@ def words(line):
     return parts, parts[parts.index("--report") + 1] if "--report" in parts else None
 
 
-class Parsed(Exception):
-    """The command line was taken; nothing has run."""
-
-
-def check_metalstep(arguments, monkeypatch):
-    parse = Parser.parse_args
-
-    def parse_and_stop(self, *args, **kwargs):
-        parse(self, *args, **kwargs)
-        raise Parsed
-
-    monkeypatch.setattr(Parser, "parse_args", parse_and_stop)
-    with pytest.raises(Parsed):
-        command.main(arguments)
-
-
-def check_pip(arguments):
-    assert arguments[0] == "install"
-    for name in arguments[1:]:
-        if name.startswith("."):
-            extra = re.fullmatch(r"\.\[(\w+)\]", name)[1]
-            assert extra in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        elif not name.startswith("-"):
-            assert name in (ROOT / "engine" / "packaged_models.py").read_text()
-
-
-def check_pytest(arguments):
-    paths = [ROOT / name for name in arguments if name.startswith("tests")]
-    assert paths and all(path.exists() for path in paths)
-    if "-k" in arguments:
-        name = arguments[arguments.index("-k") + 1]
-        assert list(paths[0].glob(f"test_{name}_*.py"))
-
-
 @pytest.mark.parametrize(("page", "line"), CASES, ids=lambda value: value[:60])
 def test_a_printed_command_exists(page, line, monkeypatch, tmp_path):
-    parts, _ = words(line)
-    program, arguments = parts[0].removeprefix(".venv/bin/"), parts[1:]
-    if program == "metalstep":
-        check_metalstep(arguments, monkeypatch)
-    elif program == "make":
-        assert all(re.search(rf"^{re.escape(target)}:", (ROOT / "Makefile").read_text(), re.MULTILINE) for target in arguments)
-    elif program == "scripts/install.sh":
-        done = subprocess.run(["sh", str(ROOT / program), "--dry-run", *arguments], env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)})
-        assert done.returncode == 0
-    elif arguments[:2] == ["-m", "pip"]:
-        check_pip(arguments[2:])
-    elif arguments[:2] == ["-m", "pytest"]:
-        check_pytest(arguments[2:])
-    else:
-        raise AssertionError(f"{page}: this test does not know {program}")
+    check(line, monkeypatch, tmp_path)
 
 
 def test_every_step_of_the_first_hour_leaves_a_file_of_its_own():
