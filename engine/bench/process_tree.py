@@ -101,6 +101,7 @@ def _name_and_cpu(pid: int) -> tuple[str, float] | None:
         words = (PROC / str(pid) / "cmdline").read_bytes().split(b"\0")
     except OSError:
         return None
+    words[0] = words[0].rpartition(b"/")[2]  # where a program lies is this machine's own
     ticks = int(fields[11]) + int(fields[12])
     return b" ".join(words).decode(errors="replace").strip(), ticks / os.sysconf("SC_CLK_TCK")
 
