@@ -25,6 +25,17 @@ class Description:
     size: int
     problem: str | None
 
+    def facts(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "format": self.format,
+            "architecture": self.architecture,
+            "quantization": self.quantization,
+            "bits": self.bits,
+            "context_length": self.context_length,
+            "size_bytes": self.size,
+        }
+
 
 def describe_gguf(path: Path) -> Description:
     """A .gguf file."""
