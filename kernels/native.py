@@ -5,66 +5,67 @@ everything at once except the buffers that views still show, and those when the 
 """
 from __future__ import annotations
 
-import functools
 import math
 import os
-import sys
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from metalstep.kernels import params
-from metalstep.kernels.gpu import library
+from metalstep.kernels import native_library, params
+from metalstep.kernels.gpu import cuda_libraries, cuda_source, library
 from metalstep.kernels.launch import Buffer, Launch
+from metalstep.kernels.native_library import KernelError, NativeUnavailable, library_path
 from metalstep.kernels.params import ffi
 
-NAME = "libmetalstep.dylib" if sys.platform == "darwin" else "libmetalstep.so"
+__all__ = ["DeviceBuffer", "DeviceInfo", "KernelError", "NativeDevice", "NativePlan", "NativeUnavailable", "library_path"]
+
 CONSTANTS_ALIGN = 16  # bytes: Metal wants the start of constants aligned for the largest vector in them
 LONGEST_WAIT = 2**63 - 1  # ns, 292 years
-EXCEPTIONS: dict[int, type[Exception]] = {
-    params.MS_ERROR_ARGUMENT: ValueError,
-    params.MS_ERROR_DEVICE: RuntimeError,
-    params.MS_ERROR_MEMORY: MemoryError,
-    params.MS_ERROR_TIMEOUT: TimeoutError,
-}
-
-
-class NativeUnavailable(RuntimeError):
-    """There is no launcher that this process can use; the message says why and what to do."""
-
-
-class KernelError(RuntimeError):
-    """The device's compiler does not take a kernel; the message is its own text."""
 
 
 @dataclass(frozen=True)
 class DeviceInfo:
     """MSDeviceInfo as the device was opened. isa and threads are the host device's; memory_bytes: what buffers may take,
-    0 when unknown (NativeDevice.memory_left says what is left)."""
+    0 when unknown (NativeDevice.memory_left says what is left); unified: the host sees all of it."""
 
     name: str
     isa: str
     threads: int
     memory_bytes: int
+    unified: bool = True
 
 
 @dataclass(frozen=True)
 class DeviceBuffer:
-    """A buffer of a device; `handle` names it in launches. It lives until it or its device is closed."""
+    """A buffer of a device; `handle` names it in launches. It lives until it or its device is closed.
+
+    shared: the host sees it; else it is the device's own memory, which only write, read and the device's copy reach.
+    """
 
     handle: int
     nbytes: int
     device: NativeDevice
+    shared: bool = True
 
     def numpy(self, dtype: DTypeLike, shape: Sequence[int], offset: int = 0) -> np.ndarray:
-        """A view of the bytes from `offset` on, writable unless they are wrapped. Raises: ValueError beyond the end."""
+        """A view of the bytes from `offset` on, writable unless they are wrapped.
+
+        Raises: ValueError beyond the end, and where the host does not see it.
+        """
         return self.device.view(self.handle, dtype, shape, offset)
+
+    def write(self, array: np.ndarray, offset: int = 0) -> None:
+        """Copy an array's bytes to those from `offset` on. See NativeDevice.write."""
+        self.device.write_bytes(self.handle, array, offset)
+
+    def read(self, dtype: DTypeLike, shape: Sequence[int], offset: int = 0) -> np.ndarray:
+        """A copy of the bytes from `offset` on. See NativeDevice.read."""
+        return self.device.read_bytes(self.handle, dtype, shape, offset)
 
     def close(self) -> None:
         """Free it, once no plan and no view uses it."""
@@ -82,29 +83,40 @@ class NativeDevice:
         self._session: _Session | None = session
         self._memory: dict[int, _Memory] = {}
         self._kernels: dict[str, int] = {}
-        self._compiled: set[str] = set()  # kernels of launches with code
+        self._compiled = set(library.BUILT_IN) if _is_cuda(kind) else set()  # kernels of launches with code
         self._plans: weakref.WeakSet[NativePlan] = weakref.WeakSet()
         self.info = session.info()
+        self.unified = self.info.unified
         _DEVICES.add(self)
 
     @classmethod
     def open(cls, name: str = "host", threads: int = 0) -> NativeDevice:
-        """Open "host"; "metal", Apple's GPU; or "metal-sim", the same shaders on the CPU, slowly, where there is no Metal.
+        """Open "host"; "metal", Apple's GPU; "metal-sim", the same shaders on the CPU, slowly, where there is no Metal; or
+        "cuda", or "cuda:1" and so on, an NVIDIA GPU by its number among those that the process sees.
 
         threads: of the host's pool; 0 takes METALSTEP_THREADS or what the machine has.
         Raises: NativeUnavailable without a launcher; ValueError for a name or a count that does not fit; RuntimeError
         where the machine lacks the device.
         """
         out = ffi.new("void **")
-        _call(_library().ms_device_open, name.encode(), threads, out)
+        if _is_cuda(name):
+            for folder in cuda_libraries.folders():
+                native_library.call(native_library.loaded().ms_folder_add, os.fsencode(folder))
+        native_library.call(native_library.loaded().ms_device_open, name.encode(), threads, out)
         return cls(_Session(out[0]), name)
 
-    def create_buffer(self, nbytes: int) -> DeviceBuffer:
-        """Zeroed memory, committed when it is first written. Raises: MemoryError; ValueError for a negative size."""
+    def create_buffer(self, nbytes: int, *, shared: bool = True) -> DeviceBuffer:
+        """Zeroed memory; unified memory is committed when it is first written.
+
+        shared: seen by the host too; where memory is not unified it is the host's, pinned, and slow for the device's kernels.
+        Raises: MemoryError; ValueError for a negative size.
+        """
         session, out = self._open_session(), ffi.new("int32_t *")
-        _call(session.library.ms_buffer_create, session.pointer, nbytes, out)
-        self._memory[out[0]] = _Memory(session, out[0], nbytes)
-        return DeviceBuffer(out[0], nbytes, self)
+        memory = params.MS_MEMORY_SHARED if shared else params.MS_MEMORY_DEVICE
+        native_library.call(session.library.ms_buffer_create, session.pointer, nbytes, memory, out)
+        visible = shared or self.unified
+        self._memory[out[0]] = _Memory(session, out[0], nbytes, is_visible=visible)
+        return DeviceBuffer(out[0], nbytes, self, visible)
 
     def wrap_buffer(self, address: int, nbytes: int, keep: object) -> DeviceBuffer:
         """Memory that is there already, e.g. a mapped file, as a buffer without a copy. Launches and views only read it.
@@ -115,7 +127,7 @@ class NativeDevice:
         not fit.
         """
         session, out = self._open_session(), ffi.new("int32_t *")
-        _call(session.library.ms_buffer_wrap, session.pointer, ffi.cast("void *", address), nbytes, out)
+        native_library.call(session.library.ms_buffer_wrap, session.pointer, ffi.cast("void *", address), nbytes, out)
         self._memory[out[0]] = _Memory(session, out[0], nbytes, keep, is_read_only=True)
         return DeviceBuffer(out[0], nbytes, self)
 
@@ -141,28 +153,78 @@ class NativeDevice:
         """
         return self.view(buffer.handle, dtype, shape, buffer.offset)
 
+    def write(self, buffer: Buffer, array: np.ndarray) -> None:
+        """Copy an array's bytes to a region's start; the array may be reused at once.
+
+        Runs queued before still see the old bytes and runs queued after the new ones, unless memory is unified: there the
+        caller sees to it that no run in flight uses them. Raises: ValueError for more bytes than the buffer has.
+        """
+        self.write_bytes(buffer.handle, array, buffer.offset)
+
+    def read(self, buffer: Buffer, dtype: DTypeLike, shape: Sequence[int]) -> np.ndarray:
+        """A copy of a region, seen as `dtype` and `shape`, after all runs queued before (unified memory: as it is now).
+
+        Raises: ValueError beyond the buffer's end; RuntimeError when a run has failed.
+        """
+        return self.read_bytes(buffer.handle, dtype, shape, buffer.offset)
+
+    def copy(self, source: Buffer, target: Buffer) -> None:
+        """Copy a region to another of as many bytes, in the order of runs as write. Raises: ValueError."""
+        if source.nbytes != target.nbytes:
+            raise ValueError(f"copy: the source has {source.nbytes} bytes and the target {target.nbytes}, expected as many")
+        session = self._open_session()
+        native_library.call(
+            session.library.ms_buffer_copy, session.pointer, source.handle, source.offset, target.handle, target.offset, source.nbytes
+        )
+
+    def write_bytes(self, handle: int, array: np.ndarray, offset: int) -> None:
+        """See DeviceBuffer.write."""
+        session, data = self._open_session(), np.ascontiguousarray(array)
+        native_library.call(session.library.ms_buffer_write, session.pointer, handle, offset, ffi.from_buffer(data), data.nbytes)
+
+    def read_bytes(self, handle: int, dtype: DTypeLike, shape: Sequence[int], offset: int) -> np.ndarray:
+        """See DeviceBuffer.read."""
+        session, data = self._open_session(), np.empty(tuple(shape), dtype)
+        native_library.call(session.library.ms_buffer_read, session.pointer, handle, offset, ffi.from_buffer(data), data.nbytes)
+        return data
+
     def create_plan(self, launches: Sequence[Launch], max_tokens: int, max_sampled: int) -> NativePlan:
         """Resolve `launches` for steps of up to max_tokens rows, max_sampled of them sampled.
 
         Raises: ValueError naming the launch whose kernel, bindings or constants do not fit.
         """
-        for source, kernels in library.sources(launches, self._compiled):
-            self.add_library(source)
-            self._compiled.update(kernels)  # not before: it may fail, or be interrupted
+        if _is_cuda(self.kind):
+            self._compile_for_cuda(launches)
+        else:
+            for source, kernels in library.sources(launches, self._compiled):
+                self.add_library(source)
+                self._compiled.update(kernels)  # not before: it may fail, or be interrupted
         return NativePlan(self, self._open_session(), launches, max_tokens, max_sampled)
 
     def kernel(self, name: str) -> int:
         """The device's id of a kernel. Raises: ValueError listing those that exist; KernelError."""
         if name not in self._kernels:
             session, out = self._open_session(), ffi.new("int32_t *")
-            _compile(session.library.ms_kernel_find, session.pointer, name.encode(), out)
+            native_library.compile_by(session.library.ms_kernel_find, session.pointer, name.encode(), out)
             self._kernels[name] = out[0]
         return self._kernels[name]
 
     def add_library(self, source: str) -> None:
         """Compile a GPU's kernels; quoted includes are inlined already. Raises: KernelError with the compiler's text."""
+        self._add_source(cuda_source.translate(source) if _is_cuda(self.kind) else source)
+
+    def _add_source(self, text: str) -> None:
         session = self._open_session()
-        _compile(session.library.ms_library_add, session.pointer, source.encode())
+        native_library.compile_by(session.library.ms_library_add, session.pointer, text.encode())
+
+    def _compile_for_cuda(self, launches: Sequence[Launch]) -> None:
+        """Each kernel by itself, side by side: NVIDIA's compiler uses one thread, and what it makes is kept by the kernel."""
+        sources = library.cuda_sources(launches, self._compiled)
+        if not sources:
+            return
+        with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as threads:
+            for kernel, _ in zip(sources, threads.map(self._add_source, sources.values()), strict=True):
+                self._compiled.add(kernel)
 
     def weight_bytes(self, n: int, k: int, bits: int, group_size: int, dtype: int) -> int:
         """Bytes that a packed weight takes. Raises: ValueError for a combination that cannot be packed."""
@@ -171,7 +233,7 @@ class NativeDevice:
         except OverflowError as error:
             raise ValueError(f"weight: {error}") from None
         if not nbytes:
-            raise ValueError(_last_error())
+            raise ValueError(native_library.last_error())
         return int(nbytes)
 
     def pack_weight(
@@ -204,7 +266,7 @@ class NativeDevice:
         for name, address in addresses.items():
             setattr(source, name, ffi.cast("void *", address or 0))
         source.row_order = ffi.cast("int32_t *", row_order or 0)
-        _call(session.library.ms_weight_pack, session.pointer, source, owner.handle, offset)
+        native_library.call(session.library.ms_weight_pack, session.pointer, source, owner.handle, offset)
 
     def close(self) -> None:
         """Close its plans and free its buffers; more than once is fine. Views stay valid."""
@@ -260,7 +322,7 @@ class NativePlan:
         except OverflowError as error:
             raise ValueError(f"plan: a binding's buffer or offset: {error}") from None
         library, out, owned = session.library, ffi.new("void **"), bytes(constants)
-        _call(
+        native_library.call(
             library.ms_plan_create, session.pointer, native, len(launches), native_binds, len(binds), ffi.from_buffer(owned),
             len(owned), max_tokens, max_sampled, out,
         )  # fmt: skip
@@ -283,7 +345,7 @@ class NativePlan:
         except OverflowError:
             raise ValueError(f"run: steps is {steps}, expected a small positive number") from None
         if code:
-            _fail(code)
+            native_library.fail(code)
         if uses := self._uses:
             uses.ticket = max(uses.ticket, ticket[0])
         return ticket[0]
@@ -300,7 +362,7 @@ class NativePlan:
         except OverflowError:
             raise ValueError(f"wait: {ticket} is not a ticket") from None
         if code:
-            _fail(code)
+            native_library.fail(code)
         # Not looked at before: another thread that closes the device ends this wait, so nothing here may hold it open.
         if (uses := self._uses) and ticket > uses.session.finished:
             uses.session.finish(ticket)
@@ -310,12 +372,12 @@ class NativePlan:
 
         Raises: ValueError for a count that is not 1 to the device's.
         """
-        _call(self._limit_threads, self._handle, threads)
+        native_library.call(self._limit_threads, self._handle, threads)
 
     def profile(self) -> list[int]:
         """Run one step; nanoseconds of each launch, with a barrier behind each."""
         times = ffi.new("uint64_t[]", self._launches)
-        _call(self._profile, self._handle, times)
+        native_library.call(self._profile, self._handle, times)
         return list(times)
 
     def close(self) -> None:
@@ -335,7 +397,7 @@ class _Session:
 
     def __init__(self, pointer: Any):
         self.pointer = pointer
-        self.library = _library()
+        self.library = native_library.loaded()
         self.finished = 0  # the highest ticket that was waited for
         self._retired: list[tuple[int, list[object]]] = []  # of destroyed plans: the last ticket, owners of wrapped memory
         self._close = weakref.finalize(self, self.library.ms_device_close, pointer)
@@ -343,9 +405,9 @@ class _Session:
 
     def info(self) -> DeviceInfo:
         info = ffi.new("MSDeviceInfo *")
-        _call(self.library.ms_device_info, self.pointer, info)
+        native_library.call(self.library.ms_device_info, self.pointer, info)
         name, isa = (ffi.string(text).decode() for text in (info.name, info.isa))
-        return DeviceInfo(name, isa, info.threads, info.memory_bytes)
+        return DeviceInfo(name, isa, info.threads, info.memory_bytes, bool(info.unified))
 
     def finish(self, ticket: int) -> None:
         """The ticket, and with it all before it, has been waited for."""
@@ -380,16 +442,30 @@ class _Memory:
     """The memory of one buffer, destroyed when neither its device nor a view refers to it. keep: the owner of wrapped memory."""
 
     def __init__(
-        self, session: _Session, handle: int, nbytes: int, keep: object = None, is_read_only: bool = False
+        self,
+        session: _Session,
+        handle: int,
+        nbytes: int,
+        keep: object = None,
+        *,
+        is_read_only: bool = False,
+        is_visible: bool = True,
     ):
         self.keep = keep
         self._is_read_only = is_read_only
         self._session = session
         self._nbytes = nbytes
-        self._address = int(ffi.cast("uintptr_t", session.library.ms_buffer_contents(session.pointer, handle)))
+        contents = session.library.ms_buffer_contents(session.pointer, handle) if is_visible else ffi.NULL
+        self._address = int(ffi.cast("uintptr_t", contents))
+        self._is_visible = is_visible
         self._handle = handle
 
     def view(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
+        if not self._is_visible:
+            raise ValueError(
+                f"buffer {self._handle} is the device's own memory, which the host does not see: read and write it, or "
+                "create it with shared=True"
+            )
         size = math.prod(shape) * dtype.itemsize
         if offset < 0 or min(shape, default=0) < 0 or offset + size > self._nbytes:
             raise ValueError(
@@ -425,61 +501,8 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def library_path() -> Path:
-    """Where the launcher is: METALSTEP_LIBRARY, else the installed package, else this checkout's build.
-
-    Raises: NativeUnavailable listing where it is not.
-    """
-    named = os.environ.get("METALSTEP_LIBRARY")
-    places = [Path(named)] if named else [
-        Path(str(resources.files("metalstep"))) / "lib" / NAME,
-        Path(__file__).resolve().parents[1] / "swift_kernels" / ".build" / "release" / NAME,
-    ]  # fmt: skip
-    for place in places:
-        if place.is_file():
-            return place
-    listed = ", ".join(str(place) for place in places)
-    what = "METALSTEP_LIBRARY names no file" if named else "the native launcher is not built"
-    raise NativeUnavailable(f"{what}: looked for {listed}; run `make build` in a checkout, or install a wheel")
-
-
-@functools.cache
-def _library() -> Any:
-    path = library_path()
-    try:
-        library = ffi.dlopen(str(path))
-        version = library.ms_abi_version()
-    except (OSError, AttributeError) as error:
-        raise NativeUnavailable(f"{path} cannot be loaded: {error}; run `make build`") from error
-    if version != params.MS_ABI_VERSION:
-        raise NativeUnavailable(
-            f"{path} has ABI version {version} and this metalstep expects {params.MS_ABI_VERSION}; rebuild it: `make build`"
-        )
-    return library
-
-
-def _call(function: Callable[..., int], *args: Any) -> None:
-    try:
-        code = function(*args)
-    except OverflowError as error:
-        raise ValueError(f"a number does not fit its C type: {error}") from None
-    if code:
-        _fail(code)
-
-
-def _compile(function: Callable[..., int], *args: Any) -> None:
-    try:
-        _call(function, *args)
-    except RuntimeError as error:
-        raise KernelError(str(error)) from None
-
-
-def _fail(code: int) -> None:
-    raise EXCEPTIONS.get(code, RuntimeError)(_last_error())
-
-
-def _last_error() -> str:
-    return ffi.string(_library().ms_last_error()).decode(errors="replace")
+def _is_cuda(kind: str) -> bool:
+    return kind.partition(":")[0] == "cuda"
 
 
 def _nanoseconds(seconds: float) -> int:

@@ -7,7 +7,7 @@
 #include <stdint.h>
 #include "params.h"
 
-enum { MS_ABI_VERSION = 1 };
+enum { MS_ABI_VERSION = 2 };
 
 enum ms_status {
   MS_OK = 0,
@@ -37,9 +37,15 @@ typedef struct {
   char name[64];         // the device's, e.g. "host" or a GPU's
   char isa[32];          // host: avx512, avx2, neon or portable; else empty
   int32_t threads;       // host: of the pool
-  int32_t reserved;
+  int32_t unified;       // 1: the host sees all memory of the device; 0: only what is MS_MEMORY_SHARED
   uint64_t memory_bytes; // what buffers may take beyond those there are (host: in all); 0: unknown
 } MSDeviceInfo;
+
+// Whose memory a buffer is. Where memory is unified there is no difference.
+enum ms_memory {
+  MS_MEMORY_SHARED = 0,  // seen by host and device; on a GPU with memory of its own the host's, pinned, and slow for its kernels
+  MS_MEMORY_DEVICE = 1,  // the device's own, which the host may only write, read and copy by the calls below
+};
 
 // Where a packed weight comes from. Pointers are into the caller's memory (a mapped file), read during the call only.
 enum ms_weight_format {
@@ -66,22 +72,34 @@ typedef struct {
 int32_t ms_abi_version(void);
 const char *ms_last_error(void);
 
-// name: "host"; "metal", Apple's GPU; or "metal-sim", which runs the same shaders on the CPU, slowly, where there is no Metal.
+// A folder in which devices look for shared libraries that the loader does not know (NVIDIA's, from their wheels).
+int32_t ms_folder_add(const char *folder);
+
+// name: "host"; "metal", Apple's GPU; "metal-sim", which runs the same shaders on the CPU, slowly, where there is no Metal; or
+// "cuda" and "cuda:N", NVIDIA's GPU 0 or N.
 // threads: of the host's pool; 0 picks the machine's (METALSTEP_THREADS overrides). 0 for other devices.
 int32_t ms_device_open(const char *name, int32_t threads, void **device);
 void ms_device_close(void *device);
 int32_t ms_device_info(void *device, MSDeviceInfo *info);
 
-int32_t ms_buffer_create(void *device, uint64_t bytes, int32_t *buffer);  // zeroed, at least 64-byte aligned (metal-sim: 16)
-void *ms_buffer_contents(void *device, int32_t buffer);                   // NULL when there is no such buffer
+// Zeroed, at least 64-byte aligned (metal-sim: 16). memory: ms_memory.
+int32_t ms_buffer_create(void *device, uint64_t bytes, uint32_t memory, int32_t *buffer);
+void *ms_buffer_contents(void *device, int32_t buffer);  // NULL when there is no such buffer, or the host does not see it
 int32_t ms_buffer_destroy(void *device, int32_t buffer);
 // The caller's memory as a buffer, without a copy: launches may read it and must not write it. `address` is a multiple of
 // the page; the last page is the caller's to its end, as in a mapped file, since a GPU maps whole pages. The memory stays
 // mapped until the buffer is destroyed and every plan that uses it has been destroyed and has finished its runs.
 // MS_ERROR_MEMORY where the device cannot take it (a GPU limits the length of a buffer): copy it instead.
 int32_t ms_buffer_wrap(void *device, void *address, uint64_t bytes, int32_t *buffer);
+// Bytes to, from and between buffers of any memory. Where memory is not unified, in the order of the runs queued before and
+// after: write returns when `data` may be reused, read when the bytes are there, copy at once. Where it is unified they are
+// done at once, and no run in flight may use the bytes.
+int32_t ms_buffer_write(void *device, int32_t buffer, uint64_t offset, const void *data, uint64_t bytes);
+int32_t ms_buffer_read(void *device, int32_t buffer, uint64_t offset, void *data, uint64_t bytes);
+int32_t ms_buffer_copy(void *device, int32_t from, uint64_t from_offset, int32_t to, uint64_t to_offset, uint64_t bytes);
 
-// Sources of a GPU device, quoted includes already inlined; the host device has its kernels built in.
+// Sources of a GPU device, quoted includes already inlined: Metal's language, for CUDA as kernels/gpu/cuda_source.py translates it.
+// The host device has its kernels built in.
 int32_t ms_library_add(void *device, const char *source);
 int32_t ms_kernel_find(void *device, const char *name, int32_t *kernel);
 
@@ -90,10 +108,10 @@ int32_t ms_plan_create(void *device, const MSLaunch *launches, uint32_t launch_c
                        const void *constants, uint64_t constant_bytes, uint32_t max_tokens, uint32_t max_sampled, void **plan);
 void ms_plan_destroy(void *plan);
 
-// Queues `steps` runs of the plan and returns at once (a GPU has 64 steps in flight: beyond that, when the rest fits).
+// Queues `steps` runs of the plan and returns at once (Metal has 64 steps in flight: beyond that, when the rest fits).
 // Tickets of one device finish in order.
 int32_t ms_plan_run(void *plan, uint32_t steps, uint64_t *ticket);
-// timeout_ns < 0: no limit. The error of a failed run is returned here, once.
+// timeout_ns < 0: no limit. The error of a failed run is returned here, once. After one, a CUDA device refuses everything.
 int32_t ms_ticket_wait(void *device, uint64_t ticket, int64_t timeout_ns);
 // Runs one step and gives each launch's wall time in nanoseconds, barrier included. For explain and bench.
 int32_t ms_plan_profile(void *plan, uint64_t *nanoseconds);

@@ -37,7 +37,11 @@ let package = Package(
   targets: [
     .target(name: "CMetalStep", cSettings: optimised),  // the C ABI and what kernels are given
     .target(name: "CKernels", dependencies: ["CMetalStep"], cSettings: optimised),  // the host device's kernels and threads
-    .target(name: "Launcher", dependencies: ["CMetalStep", "CKernels"] + metal, swiftSettings: staticStdlib),
+    .target(name: "CCuda", cSettings: optimised),  // NVIDIA's driver and compiler, by dlopen
+    .target(name: "CLibraryGemm", dependencies: ["CMetalStep"], cSettings: optimised),  // NVIDIA's matrix products, likewise
+    .target(
+      name: "Launcher", dependencies: ["CMetalStep", "CKernels", "CCuda", "CLibraryGemm"] + metal,
+      swiftSettings: staticStdlib),
     .target(name: "Library", dependencies: ["Launcher"], swiftSettings: staticStdlib, linkerSettings: linking),
     // XCTest is not part of Apple's Command Line Tools: `swift build` needs none of it.
     .testTarget(name: "LauncherTests", dependencies: ["Launcher", "CMetalStep"]),

@@ -1,8 +1,8 @@
 // Metal's standard library, as far as the project's kernels use it, in CUDA C++ (NVRTC, -std=c++17 -default-device). Put in
 // front of a source by kernels/gpu/cuda_source.py. A simdgroup is a warp; every lane of it must reach a simd function.
+// It includes nothing: the compiler's headers need not be there.
 #define MS_CUDA 1
 #define __METAL_VERSION__ 310
-#include <cuda_fp16.h>
 typedef unsigned char uchar;
 typedef unsigned short ushort;
 typedef unsigned int uint;
@@ -52,6 +52,11 @@ inline float fast_exp2(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+inline float fast_log2(float x) {
+  float r;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 inline float fast_exp(float x) { return __expf(x); }
 inline float fast_log(float x) { return __logf(x); }
 inline float fast_sin(float x) { return __sinf(x); }
@@ -61,10 +66,14 @@ inline uint thread_in_group() { return (threadIdx.z * blockDim.y + threadIdx.y) 
 
 // Storage types: arithmetic is of floats.
 struct half_ {
-  __half value;
+  unsigned short bits;
   half_() = default;
-  half_(float x) : value(__float2half_rn(x)) {}
-  operator float() const { return __half2float(value); }
+  half_(float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x)); }
+  operator float() const {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+  }
 };
 struct bfloat_ {
   unsigned short bits;
@@ -125,6 +134,9 @@ struct bfloat_ {
 #define half2 cu_half2
 #define half3 cu_half3
 #define half4 cu_half4
+#define bfloat2 cu_bfloat2
+#define bfloat3 cu_bfloat3
+#define bfloat4 cu_bfloat4
 #define int2 cu_int2
 #define int3 cu_int3
 #define int4 cu_int4
@@ -183,14 +195,7 @@ struct alignas(4 * sizeof(T)) vec<T, 3> {
 };
 template <typename T>
 struct alignas(4 * sizeof(T)) vec<T, 4> {
-  union {
-    struct {
-      T x, y, z, w;
-    };
-    struct {
-      vec<T, 2> xy, zw;
-    };
-  };
+  T x, y, z, w;  // .xy and .zw would need anonymous structs, which NVRTC before 13 does not have
   vec() = default;
   explicit vec(T a) : x(a), y(a), z(a), w(a) {}
   vec(T a, T b, T c, T d) : x(a), y(b), z(c), w(d) {}
@@ -229,6 +234,7 @@ CU_VECTOR_OPERATOR(/)
   using name##4 = vec<T, 4>;
 CU_VECTORS(float, cu_float)
 CU_VECTORS(half, cu_half)
+CU_VECTORS(bfloat, cu_bfloat)
 CU_VECTORS(int, cu_int)
 CU_VECTORS(uint, cu_uint)
 CU_VECTORS(short, cu_short)
@@ -244,6 +250,22 @@ inline To as_type(From from) {
   To to;
   memcpy(&to, &from, sizeof(To));
   return to;
+}
+
+// Two halves at once are half arithmetic, as they are Metal's.
+#define CU_HALF2_OPERATOR(op, name)                                                                   \
+  inline cu_half2 operator op(cu_half2 a, cu_half2 b) {                                               \
+    uint r;                                                                                           \
+    asm(name ".f16x2 %0, %1, %2;" : "=r"(r) : "r"(as_type<uint>(a)), "r"(as_type<uint>(b)));          \
+    return as_type<cu_half2>(r);                                                                      \
+  }
+CU_HALF2_OPERATOR(+, "add")
+CU_HALF2_OPERATOR(-, "sub")
+CU_HALF2_OPERATOR(*, "mul")
+inline cu_half2 cu_fma(cu_half2 a, cu_half2 b, cu_half2 c) {
+  uint r;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(as_type<uint>(a)), "r"(as_type<uint>(b)), "r"(as_type<uint>(c)));
+  return as_type<cu_half2>(r);
 }
 
 #define CU_UNARY(name) \
@@ -262,12 +284,12 @@ namespace precise {
 CU_FUNCTIONS
 }
 namespace fast {
-CU_UNARY(log2)
 CU_UNARY(sqrt)
 CU_UNARY(rsqrt)
 inline float cu_exp(float x) { return cu::fast_exp(x); }
 inline float cu_exp2(float x) { return cu::fast_exp2(x); }
 inline float cu_log(float x) { return cu::fast_log(x); }
+inline float cu_log2(float x) { return cu::fast_log2(x); }
 inline float cu_sin(float x) { return cu::fast_sin(x); }
 inline float cu_cos(float x) { return cu::fast_cos(x); }
 inline float cu_tanh(float x) { return cu::fast_tanh(x); }
@@ -469,6 +491,51 @@ CU_INDEX(thread_index_in_simdgroup, cu::thread_in_group() % 32)
 CU_INDEX(simdgroup_index_in_threadgroup, cu::thread_in_group() / 32)
 CU_INDEX(simdgroups_per_threadgroup, (blockDim.x * blockDim.y * blockDim.z + 31) / 32)
 CU_INDEX(threads_per_simdgroup, 32)
+// A launch's constants are the kernel's last parameter, by value: a struct as it is, or room for what a pointer shows.
+template <int BYTES>
+struct alignas(16) cu_room {
+  uchar bytes[BYTES];
+};
+template <typename T, int BYTES>
+struct cu_value;
+template <typename T, int BYTES>
+struct cu_value<const T&, BYTES> {
+  using type = T;
+};
+template <typename T, int BYTES>
+struct cu_value<const T*, BYTES> {
+  using type = cu_room<BYTES>;
+};
+template <int I, typename P, typename... R>
+struct cu_pick : cu_pick<I - 1, R...> {};
+template <typename P, typename... R>
+struct cu_pick<0, P, R...> {
+  using type = P;
+};
+template <typename F, int I, int BYTES>
+struct cu_constants;
+template <typename... P, int I, int BYTES>
+struct cu_constants<void (*)(P...), I, BYTES> : cu_value<typename cu_pick<I, P...>::type, BYTES> {};
+
+// Where the launch before may still be running: nothing is read through a pointer in front of its cu_wait.
+#if __CUDA_ARCH__ >= 900
+#define CU_WAIT "griddepcontrol.wait;"
+#define CU_LAUNCH "griddepcontrol.launch_dependents;"
+#else
+#define CU_WAIT ""
+#define CU_LAUNCH ""
+#endif
+inline void cu_launder(void*& pointer) {
+  asm volatile("" : "+l"(pointer) : : "memory");
+  __builtin_assume(__isGlobal(pointer));
+}
+template <typename... P>
+inline void cu_wait(P&... pointers) {
+  asm volatile(CU_WAIT : : : "memory");
+  (cu_launder(pointers), ...);
+  asm volatile(CU_LAUNCH : : : "memory");
+}
+
 template <typename... A>
 struct cu_list {};
 template <auto F, typename List>

@@ -9,9 +9,10 @@ import time
 
 import numpy as np
 import pytest
+from gpu_device import DEVICE
 from harness import Harness
 
-from metalstep.kernels import native, params, row_program
+from metalstep.kernels import native_library, params, row_program
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.native import NativeDevice, NativeUnavailable
 from metalstep.kernels.program import Program
@@ -324,6 +325,31 @@ def test_a_view_stays_within_its_buffer(h):
             owner.numpy(np.float32, shape, offset)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("name", ["host", DEVICE])
+def test_bytes_are_written_read_and_copied(name, shared):
+    """On a device of any kind, whoever owns the memory."""
+    x = np.arange(24, dtype=np.int16).reshape(4, 6)
+    with NativeDevice.open(name) as device:
+        first, second = (device.create_buffer(64, shared=shared) for _ in range(2))
+        assert first.shared == (shared or device.unified)
+        first.write(x[:, ::2], 8)  # as an array is, whatever its strides
+        np.testing.assert_array_equal(first.read(np.int16, (4, 3), 8), x[:, ::2])
+        device.copy(Buffer(first.handle, 8, (12,), "uint16"), Buffer(second.handle, 40, (12,), "uint16"))
+        np.testing.assert_array_equal(second.read(np.int16, (12,), 40), x[:, ::2].ravel())
+        device.write(Buffer(second.handle, 62, (1,), "uint16"), np.int16([9]))
+        assert device.read(Buffer(second.handle, 62, (1,), "uint16"), np.int16, (1,)) == [9]
+        assert not second.read(np.uint8, (40,)).any()
+        for offset, count in [(0, 65), (64, 1), (2**63, 1), (1, 64)]:
+            with pytest.raises(ValueError, match=f"{count} bytes at offset {offset} do not fit; it has 64"):
+                first.write(np.zeros(count, np.uint8), offset)
+            with pytest.raises(ValueError, match="do not fit"):
+                first.read(np.uint8, (count,), offset)
+        first.close()
+        with pytest.raises(ValueError, match="does not exist"):
+            device.copy(Buffer(first.handle, 0, (1,), "uint8"), Buffer(second.handle, 0, (1,), "uint8"))
+
+
 @pytest.mark.parametrize(
     "nbytes, error", [(-1, ValueError), (2**64, ValueError), (2**64 - 1, MemoryError), (2**62, MemoryError)]
 )
@@ -336,7 +362,7 @@ def test_a_buffer_that_cannot_be_is_refused(h, nbytes, error):
 @pytest.mark.parametrize(
     "name, threads, text",
     [
-        ("gpu", 0, '"gpu" is unknown, expected "host", "metal" or "metal-sim"'),
+        ("gpu", 0, '"gpu" is unknown, expected "host", "metal", "metal-sim" or "cuda"'),
         ("host", -1, "threads is -1, expected 0"),
         ("host", 1025, "threads is 1025, expected 0"),
         ("host", 2**40, "does not fit its C type"),
@@ -439,14 +465,15 @@ def test_a_weight_that_does_not_fit_is_refused(h):
 @pytest.fixture
 def fresh():
     """Looks for the library anew, in the test and after it."""
-    native._library.cache_clear()
+    native_library.loaded.cache_clear()
     yield
-    native._library.cache_clear()
+    native_library.loaded.cache_clear()
 
 
 def test_a_library_of_another_version_is_refused(fresh, monkeypatch):
+    own = params.MS_ABI_VERSION
     monkeypatch.setitem(params._constants, "MS_ABI_VERSION", 99)
-    with pytest.raises(NativeUnavailable, match="has ABI version 1 and this metalstep expects 99; rebuild it: `make build`"):
+    with pytest.raises(NativeUnavailable, match=f"has ABI version {own} and this metalstep expects 99; rebuild it: `make build`"):
         NativeDevice.open("host", 1)
 
 

@@ -7,11 +7,11 @@ from harness import Harness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from metalstep.kernels import native, params
+from metalstep.kernels import native_library, params
 from metalstep.kernels.native import NativeDevice
 from metalstep.kernels.params import ffi
 
-LIB = native._library()
+LIB = native_library.loaded()
 GARBAGE = st.sampled_from([0, 1, 2, 17, 0x1_0000_0001, 0x7FFF_FFFF_FFFF, 2**63, 2**64 - 1]) | st.integers(0, 2**64 - 1)
 SIZED_BY_CONSTANTS = (b"step_load", b"add_rms_norm", b"limits")  # buffers must be as long as their constants and grid say
 SMALL = st.integers(0, 4) | st.sampled_from([2**31 - 1, 2**31, 2**32 - 1])
@@ -30,9 +30,12 @@ def test_a_wild_handle_is_an_error(handle):
     info, word, ticket, out = ffi.new("MSDeviceInfo *"), ffi.new("int32_t *"), ffi.new("uint64_t *"), ffi.new("void **")
     codes = [
         LIB.ms_device_info(wild, info),
-        LIB.ms_buffer_create(wild, 64, word),
+        LIB.ms_buffer_create(wild, 64, 0, word),
         LIB.ms_buffer_wrap(wild, ffi.cast("void *", 4096), 64, word),
         LIB.ms_buffer_destroy(wild, 0),
+        LIB.ms_buffer_write(wild, 0, 0, b"", 0),
+        LIB.ms_buffer_read(wild, 0, 0, ffi.NULL, 0),
+        LIB.ms_buffer_copy(wild, 0, 0, 0, 0, 0),
         LIB.ms_library_add(wild, b""),
         LIB.ms_kernel_find(wild, b"linear", word),
         LIB.ms_plan_create(wild, ffi.NULL, 0, ffi.NULL, 0, ffi.NULL, 0, 1, 1, out),
@@ -50,13 +53,17 @@ def test_a_wild_handle_is_an_error(handle):
 
 def test_null_pointers_are_errors(h):
     device, plan = h.device._session.pointer, h.device.create_plan([], 1, 1)._handle
+    buffer = h.device.create_buffer(64).handle
     codes = [
         LIB.ms_device_open(ffi.NULL, 1, ffi.new("void **")),
         LIB.ms_device_open(b"host", 1, ffi.NULL),
         LIB.ms_device_info(device, ffi.NULL),
-        LIB.ms_buffer_create(device, 64, ffi.NULL),
+        LIB.ms_buffer_create(device, 64, 0, ffi.NULL),
         LIB.ms_buffer_wrap(device, ffi.NULL, 64, ffi.new("int32_t *")),
         LIB.ms_buffer_wrap(device, ffi.cast("void *", 1 << 16), 64, ffi.NULL),
+        LIB.ms_buffer_write(device, buffer, 0, ffi.NULL, 1),
+        LIB.ms_buffer_read(device, buffer, 0, ffi.NULL, 1),
+        LIB.ms_folder_add(ffi.NULL),
         LIB.ms_library_add(device, ffi.NULL),
         LIB.ms_kernel_find(device, ffi.NULL, ffi.new("int32_t *")),
         LIB.ms_kernel_find(device, b"linear", ffi.NULL),

@@ -14,7 +14,8 @@ import pytest
 
 SOURCES = Path(__file__).resolve().parents[2] / "swift_kernels" / "Sources"
 CLANG = shutil.which(os.environ.get("METALSTEP_CLANG", "clang").replace("clang++", "clang"))
-FILES = [path for target in ("CKernels", "CMetalStep") for path in sorted((SOURCES / target).glob("*.c"))]
+TARGETS = ("CKernels", "CMetalStep", "CCuda", "CLibraryGemm")
+FILES = [path for target in TARGETS for path in sorted((SOURCES / target).glob("*.c"))]
 # As in Package.swift, but for -O3, which changes no message. __nonnull is Apple's own keyword, and a macro in glibc's headers, which also
 # have an attribute that only Intel's processors take.
 FLAGS = [
@@ -30,6 +31,7 @@ HEADERS = {  # Apple's own, and what glibc's do not know of this processor
 # Functions of macOS's libSystem that the objects may call, by clang's or our own wish.
 SYSTEM = """
     bzero calloc free getenv malloc memchr memcmp memcpy memmove memset memset_pattern16 posix_memalign
+    dlclose dlerror dlopen dlsym
     snprintf strcat strcmp strlen strtol sysctlbyname vsnprintf
     pthread_atfork pthread_cond_broadcast pthread_cond_init pthread_cond_wait pthread_create pthread_join pthread_mutex_init
     pthread_mutex_lock pthread_mutex_unlock pthread_once pthread_set_qos_class_self_np pthread_sigmask sigfillset
@@ -51,7 +53,7 @@ def include(tmp_path_factory):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     system = ["/usr/include", f"/usr/include/{sysconfig.get_config_var('MULTIARCH')}"]
-    own = [SOURCES / "CKernels", SOURCES / "CKernels" / "include", SOURCES / "CMetalStep" / "include"]
+    own = [SOURCES / "CKernels", *(SOURCES / target / "include" for target in TARGETS)]
     return [f"-isystem{folder}", *(f"-idirafter{path}" for path in system), *(f"-I{path}" for path in own)]
 
 

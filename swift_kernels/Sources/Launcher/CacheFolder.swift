@@ -22,16 +22,11 @@ enum CacheFolder {
   }
 
   private static func base() -> String? {
-    if let chosen = environment("METALSTEP_CACHE") { return chosen }
+    if let chosen = Environment.text("METALSTEP_CACHE") { return chosen }
     #if canImport(Darwin)
-    return environment("HOME").map { $0 + "/Library/Caches/metalstep" }
+    return Environment.text("HOME").map { $0 + "/Library/Caches/metalstep" }
     #else
-    return (environment("XDG_CACHE_HOME") ?? environment("HOME").map { $0 + "/.cache" }).map { $0 + "/metalstep" }
+    return (Environment.text("XDG_CACHE_HOME") ?? Environment.text("HOME").map { $0 + "/.cache" }).map { $0 + "/metalstep" }
     #endif
-  }
-
-  private static func environment(_ name: String) -> String? {
-    guard let value = getenv(name), value.pointee != 0 else { return nil }
-    return String(cString: value)
   }
 }

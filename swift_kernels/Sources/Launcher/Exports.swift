@@ -9,6 +9,11 @@ public func abiVersion() -> Int32 { Int32(MS_ABI_VERSION) }
 @_cdecl("ms_last_error")
 public func lastError() -> UnsafePointer<CChar>? { ms_last_error_get() }
 
+@_cdecl("ms_folder_add")
+public func folderAdd(_ folder: UnsafePointer<CChar>?) -> Int32 {
+  LaunchError.status { () throws(LaunchError) in try LibraryFolders.add(folder) }
+}
+
 @_cdecl("ms_device_open")
 public func deviceOpen(
   _ name: UnsafePointer<CChar>?, _ threads: Int32, _ device: UnsafeMutablePointer<UnsafeMutableRawPointer?>?
@@ -26,9 +31,11 @@ public func deviceInfo(_ device: UnsafeMutableRawPointer?, _ info: UnsafeMutable
 
 @_cdecl("ms_buffer_create")
 public func bufferCreate(
-  _ device: UnsafeMutableRawPointer?, _ bytes: UInt64, _ buffer: UnsafeMutablePointer<Int32>?
+  _ device: UnsafeMutableRawPointer?, _ bytes: UInt64, _ memory: UInt32, _ buffer: UnsafeMutablePointer<Int32>?
 ) -> Int32 {
-  LaunchError.status { () throws(LaunchError) in try OpenDevice.find(device).createBuffer(bytes: bytes, id: buffer) }
+  LaunchError.status { () throws(LaunchError) in
+    try OpenDevice.find(device).createBuffer(bytes: bytes, memory: memory, id: buffer)
+  }
 }
 
 @_cdecl("ms_buffer_contents")
@@ -48,6 +55,33 @@ public func bufferWrap(
 ) -> Int32 {
   LaunchError.status { () throws(LaunchError) in
     try OpenDevice.find(device).wrapBuffer(address, bytes: bytes, id: buffer)
+  }
+}
+
+@_cdecl("ms_buffer_write")
+public func bufferWrite(
+  _ device: UnsafeMutableRawPointer?, _ buffer: Int32, _ offset: UInt64, _ data: UnsafeRawPointer?, _ bytes: UInt64
+) -> Int32 {
+  LaunchError.status { () throws(LaunchError) in
+    try OpenDevice.find(device).write(data, to: buffer, offset: offset, bytes: bytes)
+  }
+}
+
+@_cdecl("ms_buffer_read")
+public func bufferRead(
+  _ device: UnsafeMutableRawPointer?, _ buffer: Int32, _ offset: UInt64, _ data: UnsafeMutableRawPointer?, _ bytes: UInt64
+) -> Int32 {
+  LaunchError.status { () throws(LaunchError) in
+    try OpenDevice.find(device).read(data, from: buffer, offset: offset, bytes: bytes)
+  }
+}
+
+@_cdecl("ms_buffer_copy")
+public func bufferCopy(
+  _ device: UnsafeMutableRawPointer?, _ from: Int32, _ fromOffset: UInt64, _ to: Int32, _ toOffset: UInt64, _ bytes: UInt64
+) -> Int32 {
+  LaunchError.status { () throws(LaunchError) in
+    try OpenDevice.find(device).copy(from: from, offset: fromOffset, to: to, offset: toOffset, bytes: bytes)
   }
 }
 

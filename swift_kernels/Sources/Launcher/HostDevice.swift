@@ -40,7 +40,9 @@ final class HostDevice: Device {
     self.info = info
   }
 
-  func makeBuffer(bytes: Int) throws(LaunchError) -> any DeviceBuffer { try HostBuffer(bytes: bytes) }
+  func makeBuffer(bytes: Int, memory: ms_memory) throws(LaunchError) -> any DeviceBuffer {
+    try HostBuffer(bytes: bytes)
+  }
 
   func wrapBuffer(_ address: UnsafeMutableRawPointer, bytes: Int) -> any DeviceBuffer {
     HostBuffer(wrapping: address, bytes: bytes)

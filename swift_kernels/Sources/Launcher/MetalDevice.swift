@@ -54,7 +54,7 @@ final class MetalDevice: Device {
     return info
   }
 
-  func makeBuffer(bytes: Int) throws(LaunchError) -> any DeviceBuffer {
+  func makeBuffer(bytes: Int, memory: ms_memory) throws(LaunchError) -> any DeviceBuffer {
     try MetalBuffer(device, bytes: bytes, residency: residency)
   }
 

@@ -40,8 +40,9 @@ final class OpenDevice {
         "metal: this machine has no Metal device; use device \"metal-sim\", which runs the same shaders on the CPU, slowly, "
           + "or \"host\"")
     #endif
+    case let other where CudaDevice.isName(other): device = try CudaDevice(name: other, threads: threads)
     case let other:
-      throw .argument("device: \"\(other)\" is unknown, expected \"host\", \"metal\" or \"metal-sim\"")
+      throw .argument("device: \"\(other)\" is unknown, expected \"host\", \"metal\", \"metal-sim\" or \"cuda\"")
     }
     handle.pointee = handles.insert(OpenDevice(device))
   }
@@ -73,16 +74,20 @@ final class OpenDevice {
   func writeInfo(_ info: UnsafeMutablePointer<MSDeviceInfo>?) throws(LaunchError) {
     guard let info else { throw .missing("info") }
     info.pointee = device.info
+    info.pointee.unified = device.isUnified ? 1 : 0
   }
 
   // MARK: Buffers
 
-  func createBuffer(bytes: UInt64, id: UnsafeMutablePointer<Int32>?) throws(LaunchError) {
+  func createBuffer(bytes: UInt64, memory: UInt32, id: UnsafeMutablePointer<Int32>?) throws(LaunchError) {
     guard let id else { throw .missing("buffer") }
+    guard memory <= MS_MEMORY_DEVICE.rawValue else {
+      throw .argument("buffer: memory is \(memory), expected 0 (shared) or 1 (the device's own)")
+    }
     guard let bytes = Int(exactly: bytes) else {
       throw .memory("buffer: \(bytes) bytes are more than a machine can address")
     }
-    let buffer = try device.makeBuffer(bytes: bytes)
+    let buffer = try device.makeBuffer(bytes: bytes, memory: ms_memory(memory))
     id.pointee = try locked { () throws(LaunchError) in try buffers.insert(buffer) }
   }
 
@@ -106,7 +111,47 @@ final class OpenDevice {
     id.pointee = try locked { () throws(LaunchError) in try buffers.insert(buffer) }
   }
 
-  func contents(of id: Int32) throws(LaunchError) -> UnsafeMutableRawPointer { try buffer(id).contents }
+  func contents(of id: Int32) throws(LaunchError) -> UnsafeMutableRawPointer {
+    let buffer = try buffer(id)
+    guard buffer.isVisible else {
+      throw .argument("buffer \(id) is the device's own memory, which the host does not see; write and read it by calls")
+    }
+    return buffer.contents
+  }
+
+  func write(_ data: UnsafeRawPointer?, to id: Int32, offset: UInt64, bytes: UInt64) throws(LaunchError) {
+    let target = try region(of: id, offset: offset, bytes: bytes, isWritten: true)
+    guard bytes > 0 else { return }
+    guard let data else { throw .missing("data") }
+    try device.write(UnsafeRawBufferPointer(start: data, count: Int(bytes)), to: target)
+  }
+
+  func read(_ data: UnsafeMutableRawPointer?, from id: Int32, offset: UInt64, bytes: UInt64) throws(LaunchError) {
+    let source = try region(of: id, offset: offset, bytes: bytes, isWritten: false)
+    guard bytes > 0 else { return }
+    guard let data else { throw .missing("data") }
+    try device.read(source, into: UnsafeMutableRawBufferPointer(start: data, count: Int(bytes)))
+  }
+
+  func copy(from: Int32, offset fromOffset: UInt64, to: Int32, offset toOffset: UInt64, bytes: UInt64) throws(LaunchError) {
+    let source = try region(of: from, offset: fromOffset, bytes: bytes, isWritten: false)
+    let target = try region(of: to, offset: toOffset, bytes: bytes, isWritten: true)
+    guard bytes > 0 else { return }
+    try device.copy(source, to: target, bytes: Int(bytes))
+  }
+
+  /// `bytes` bytes of a buffer from `offset` on, which are there.
+  private func region(of id: Int32, offset: UInt64, bytes: UInt64, isWritten: Bool) throws(LaunchError) -> DeviceRegion {
+    let buffer = try buffer(id)
+    guard !isWritten || !buffer.isReadOnly else {
+      throw .argument("buffer \(id) is wrapped memory, which is only read")
+    }
+    let (end, overflow) = offset.addingReportingOverflow(bytes)
+    guard !overflow, end <= UInt64(buffer.bytes) else {
+      throw .argument("buffer \(id): \(bytes) bytes at offset \(offset) do not fit; it has \(buffer.bytes)")
+    }
+    return DeviceRegion(buffer: buffer, offset: Int(offset))
+  }
 
   func destroyBuffer(_ id: Int32) throws(LaunchError) {
     guard try locked({ () throws(LaunchError) in buffers.remove(id) }) else { throw .unknownBuffer(id) }

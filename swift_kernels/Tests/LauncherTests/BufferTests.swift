@@ -23,11 +23,11 @@ final class BufferTests: XCTestCase {
       let device = try Caller(name)
       var id: Int32 = 7
       for bytes in [UInt64.max, UInt64(Int.max), UInt64(Int.max) + 1, 1 << 62] {
-        XCTAssertEqual(bufferCreate(device.handle, bytes, &id), memory)
+        XCTAssertEqual(bufferCreate(device.handle, bytes, 0, &id), memory)
         XCTAssert(lastText.hasPrefix("buffer:"), lastText)
       }
       XCTAssertEqual(id, 7)
-      XCTAssertEqual(bufferCreate(device.handle, 64, nil), argument)
+      XCTAssertEqual(bufferCreate(device.handle, 64, 0, nil), argument)
     }
   }
 

@@ -53,7 +53,7 @@ final class Caller {
 
   func buffer(_ bytes: UInt64) throws -> Int32 {
     var id: Int32 = -1
-    XCTAssertEqual(bufferCreate(handle, bytes, &id), ok, lastText)
+    XCTAssertEqual(bufferCreate(handle, bytes, MS_MEMORY_SHARED.rawValue, &id), ok, lastText)
     return id
   }
 

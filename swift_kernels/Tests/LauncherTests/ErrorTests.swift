@@ -74,7 +74,7 @@ final class ErrorTests: XCTestCase {
       XCTAssertEqual(weightPack(device.handle, &source, 5, 0), argument)
       XCTAssert(lastText.contains("buffer 5 does not exist"), lastText)
       var id: Int32 = 0
-      XCTAssertEqual(bufferCreate(device.handle, 64, &id), ok)
+      XCTAssertEqual(bufferCreate(device.handle, 64, 0, &id), ok)
       for offset in [0, 64, 1, UInt64.max, UInt64.max - 63] {
         XCTAssertEqual(weightPack(device.handle, &source, id, offset), argument)
       }

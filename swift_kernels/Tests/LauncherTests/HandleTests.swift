@@ -12,7 +12,7 @@ final class HandleTests: XCTestCase {
     var plan: UnsafeMutableRawPointer?
     var page = [UInt8](repeating: 0, count: 64)
     let statuses = [
-      deviceInfo(handle, &info), bufferCreate(handle, 64, &id), bufferWrap(handle, &page, 64, &id),
+      deviceInfo(handle, &info), bufferCreate(handle, 64, 0, &id), bufferWrap(handle, &page, 64, &id),
       bufferDestroy(handle, 0), libraryAdd(handle, ""), kernelFind(handle, "add", &id),
       planCreate(handle, nil, 0, nil, 0, nil, 0, 1, 1, &plan), planRun(handle, 1, &ticket), ticketWait(handle, 1, 0),
       planProfile(handle, &ticket), weightPack(handle, nil, 0, 0),
@@ -46,7 +46,7 @@ final class HandleTests: XCTestCase {
     let plan = try XCTUnwrap(device.plan([]).plan)
     var (ticket, id): (UInt64, Int32) = (0, 0)
     XCTAssertEqual(planRun(device.handle, 1, &ticket), argument)
-    XCTAssertEqual(bufferCreate(plan, 64, &id), argument)
+    XCTAssertEqual(bufferCreate(plan, 64, 0, &id), argument)
     deviceClose(plan)
     planDestroy(device.handle)
     XCTAssertEqual(planRun(plan, 1, &ticket), ok)

@@ -1,0 +1,113 @@
+import CCuda
+
+/// The runs of a CUDA device in the order in which they were queued, each with an event behind it.
+///
+/// Nobody waits for the GPU but the callers of `wait`; what a run uses is held until its ticket is known to be finished.
+final class CudaTickets: @unchecked Sendable {
+  private struct Run {
+    let event: CudaEvent
+    let plan: CudaPlan
+  }
+
+  private let context: CudaContext
+  private let lock = Lock()
+  private var runs: [Run] = []  // of the tickets after `lastFinished`, in order
+  private var lastFinished: UInt64 = 0  // with all before it
+  private var spare: [CudaEvent] = []
+
+  init(_ context: CudaContext) {
+    self.context = context
+    context.work = { [weak self] in self?.work }
+  }
+
+  /// Queues runs of a plan by `enqueue` and gives them a ticket. With the context current.
+  func issue(_ plan: CudaPlan, enqueue: () throws(LaunchError) -> Void) throws(LaunchError) -> UInt64 {
+    context.submission.lock()
+    defer { context.submission.unlock() }
+    let event = try takeEvent()
+    try enqueue()
+    try event.record()
+    lock.lock()
+    defer { lock.unlock() }
+    runs.append(Run(event: event, plan: plan))
+    return lastFinished + UInt64(runs.count)
+  }
+
+  /// See `Device.wait`.
+  func wait(for ticket: UInt64, timeout: Int64?) throws(LaunchError) {
+    guard let run = try run(of: ticket) else { return }
+    try context.enter { () throws(LaunchError) in
+      let deadline = timeout.map { limit in
+        let (sum, overflow) = MonotonicClock.now().addingReportingOverflow(limit)
+        return overflow ? Int64.max : sum
+      }
+      let code = run.event.wait(until: deadline)
+      if code == MS_CUDA_NOT_READY {
+        throw .timeout("wait: ticket \(ticket) has not finished in time; wait for it again")
+      }
+      guard code == 0 else { throw context.failure(code, "run") }
+      release(through: ticket)
+    }
+  }
+
+  /// Returns when every run has ended, well or not. With the context current.
+  func waitForAll() {
+    _ = context.driver.functions.cuStreamSynchronize(context.stream)
+    lock.lock()
+    let ended = runs
+    lastFinished += UInt64(ended.count)
+    runs = []
+    spare = []
+    lock.unlock()
+    withExtendedLifetime(ended) {}  // what they hold is freed without the lock
+  }
+
+  /// nil when it is known to be finished.
+  private func run(of ticket: UInt64) throws(LaunchError) -> Run? {
+    lock.lock()
+    defer { lock.unlock() }
+    guard ticket >= 1, ticket <= lastFinished + UInt64(runs.count) else {
+      throw .argument(
+        "wait: ticket \(ticket) is not one of this device's, which has given out \(lastFinished + UInt64(runs.count))")
+    }
+    return ticket <= lastFinished ? nil : runs[Int(ticket - lastFinished) - 1]
+  }
+
+  /// An event that is not in use. Runs that nobody waits for are looked at here, so that they do not pile up.
+  private func takeEvent() throws(LaunchError) -> CudaEvent {
+    lock.lock()
+    let first = runs.first
+    let ticket = lastFinished + 1
+    lock.unlock()
+    if let first, first.event.query() == 0 { release(through: ticket) }
+    lock.lock()
+    let event = spare.popLast()
+    lock.unlock()
+    if let event { return event }
+    return try CudaEvent(context)
+  }
+
+  /// The runs up to this one are finished.
+  private func release(through ticket: UInt64) {
+    lock.lock()
+    guard ticket > lastFinished else { return lock.unlock() }
+    var ended = Array(runs.prefix(Int(ticket - lastFinished)))
+    runs.removeFirst(ended.count)
+    lastFinished = ticket
+    lock.unlock()
+    // A wait of another thread may still look at an event; and plans are freed without the lock.
+    var free: [CudaEvent] = []
+    while var run = ended.popLast()?.event { if isKnownUniquelyReferenced(&run) { free.append(run) } }
+    lock.lock()
+    spare += free
+    lock.unlock()
+  }
+
+  /// The kernels of the first run that has not ended; the GPU does not say which of its launches fails.
+  private var work: String? {
+    lock.lock()
+    let plan = runs.first?.plan
+    lock.unlock()
+    return plan?.kernelNames
+  }
+}
