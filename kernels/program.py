@@ -63,13 +63,26 @@ class Program:
         return dst
 
     def load(
-        self, slot: int, size: int, *, rows: int, offset: int = 0, row_stride: int = 0, dtype: int = 0
+        self,
+        slot: int,
+        size: int,
+        *,
+        rows: int,
+        offset: int = 0,
+        row_stride: int = 0,
+        dtype: int = 0,
+        planes: int = 1,
+        plane_stride: int = 0,
     ) -> Register:
-        """A register with `size` elements of buffer `slot` from `offset`, of the row that `rows` (ms_row_address) names."""
+        """A register with `size` elements of buffer `slot` from `offset`, of the row that `rows` (ms_row_address) names.
+
+        planes: added up, in order, each `plane_stride` elements behind the one before (a GPU's linears leave them).
+        """
         register = self.register(size)
-        self.emit(
-            params.MS_OP_LOAD, register, n=size, slot=slot, rows=rows, offset=offset, row_stride=row_stride, dtype=dtype
-        )
+        fields: dict[str, Any] = dict(slot=slot, rows=rows, offset=offset, row_stride=row_stride, dtype=dtype)
+        if planes > 1:
+            fields["dims"] = [planes, plane_stride, 0, 0]
+        self.emit(params.MS_OP_LOAD, register, n=size, **fields)
         return register
 
     def store(self, register: Register, slot: int, *, offset: int = 0, row_stride: int, dtype: int = 0) -> None:

@@ -18,7 +18,10 @@ def launches(
 
     buffers: what the program's slots from MS_SLOT_FIRST on name. rows: ms_rows, which count of the step it runs over. group: of the
     layers whose cache it writes.
+    Raises: NotImplementedError for a LOAD of planes, which this device's linears do not leave.
     """
+    if any(instr["op"] == params.MS_OP_LOAD and instr.get("dims", [0])[0] > 1 for instr in program.instructions):
+        raise NotImplementedError("row_program: the host device adds up no planes; load each and add")
     constants = params.pack(
         "MSRowProgramParams", rows=rows, instrs=len(program.instructions), registers=program.registers
     )

@@ -44,6 +44,14 @@ inline ms_view ms_view_of(int position, int seq, constant MSStep& step, device c
   return v;
 }
 
+// Positions in tiles of MS_TILE that begin at multiples of it, each in one block: those of what is kept, then the others.
+#define MS_TILE 16
+#define MS_TILE_SHIFT 4
+
+inline int ms_tiles_of(int lo, int hi) { return lo < hi ? ((hi - 1) >> MS_TILE_SHIFT) - (lo >> MS_TILE_SHIFT) + 1 : 0; }
+inline int ms_kept_tiles(ms_view v) { return ms_tiles_of(v.keep_lo, v.keep_hi); }
+inline int ms_tiles(ms_view v) { return ms_kept_tiles(v) + ms_tiles_of(v.lo, v.hi); }
+
 // Where the positions of one sequence are.
 struct ms_pages {
   device const int* table;  // block by position in the sequence

@@ -7,6 +7,7 @@ using namespace metal;
 #include "kv_codec.h"
 #include "attention.h"
 #include "attention_planes.h"
+#include "attention_rows.h"
 
 // A threadgroup has a tile of neighbouring rows and H query heads of one kv head. Rows of the tile that follow one
 // another and have the same sequence are a run; a run's rows times H are the rows of its matrices, so that all heads of
@@ -16,23 +17,13 @@ using namespace metal;
 //
 // D, DV: elements of a key and of a value. A simdgroup has R tiles of 8 matrix rows, and of the elements of keys and
 // values one of DS parts; NSG simdgroups. Rows of a sequence may come in any order; a row's bits depend on its run.
-// T: see ms_planes. Packed keys and values are unpacked into the tile as floats, BK positions of one kv head and no more;
+// T: see ms_planes; Out: float or half. Packed keys and values are unpacked into the tile as floats, BK positions of one kv head and no more;
 // where they are in rotated space, queries are rotated in the tile's memory before the first, and results back after the last.
 
 struct ms_run {
   int first;  // row of the tile
   int rows;
   int seq;
-};
-
-// What all threads know of what a run's rows see.
-struct ms_span {
-  int lo;          // first position that any row sees, kept ones aside
-  int hi;
-  int whole_lo;    // positions [whole_lo, whole_hi) are seen by all of them
-  int whole_hi;
-  int keep_lo;
-  int keep_hi;
 };
 
 inline ms_view ms_view_at(const threadgroup int* views, int row) {
@@ -45,24 +36,8 @@ inline ms_view ms_view_at(const threadgroup int* views, int row) {
 }
 
 inline ms_span ms_span_of(const threadgroup int* views, ms_run run) {
-  ms_span s;
-  s.lo = 0x7fffffff;
-  s.hi = 0;
-  s.whole_lo = 0;
-  s.whole_hi = 0x7fffffff;
-  s.keep_lo = 0x7fffffff;
-  s.keep_hi = 0;
-  for (int j = run.first; j < run.first + run.rows; j++) {
-    const ms_view v = ms_view_at(views, j);
-    s.whole_lo = max(s.whole_lo, v.lo);
-    s.whole_hi = min(s.whole_hi, v.hi);
-    if (v.hi == 0) continue;
-    s.lo = min(s.lo, v.lo);
-    s.hi = max(s.hi, v.hi);
-    if (v.keep_lo == v.keep_hi) continue;
-    s.keep_lo = min(s.keep_lo, v.keep_lo);
-    s.keep_hi = max(s.keep_hi, v.keep_hi);
-  }
+  ms_span s = ms_no_span();
+  for (int j = run.first; j < run.first + run.rows; j++) ms_join(s, ms_view_at(views, j));
   return s;
 }
 
@@ -116,18 +91,6 @@ inline void ms_mark_broken(threadgroup T* tile, threadgroup uint* broken, int ti
   if (tid % L == 0) broken[tid / L] = found;
 }
 
-// Over the lanes that hold one row of a tile: their numbers differ in bits that leave ms_frag_coord's row as it is.
-inline float ms_row_max(float x) {
-  MS_UNROLL for (ushort bit = 1; bit < 32; bit *= 2)
-    if (ms_frag_coord(bit).x == 0) x = max(x, simd_shuffle_xor(x, bit));
-  return x;
-}
-inline float ms_row_sum(float x) {
-  MS_UNROLL for (ushort bit = 1; bit < 32; bit *= 2)
-    if (ms_frag_coord(bit).x == 0) x += simd_shuffle_xor(x, bit);
-  return x;
-}
-
 // A simdgroup's part of a run: R tiles of 8 matrix rows, NK and NV tiles of elements.
 template <int R, int NK, int NV>
 struct ms_matrix_rows {
@@ -139,7 +102,7 @@ struct ms_matrix_rows {
 };
 
 // Grid: [kv heads * slices, tiles of rows, Z]: threadgroups of the same tile have every Z-th of its runs.
-template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
+template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK, typename Out>
 [[kernel, max_total_threads_per_threadgroup(NSG * 32)]] void attention_mixed(
     constant MSStep& step                [[buffer(0)]],
     device const int* positions          [[buffer(1)]],   // [num_tokens]; a row sees positions up to its own
@@ -149,7 +112,7 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
     device const float* q                [[buffer(5)]],   // rows of [num_q_heads, D]
     device const typename ms_codec<typename ms_cache<T>::key>::stored* k_plane    [[buffer(6)]],  // [block, kv_head, block_size, D]
     device const typename ms_codec<typename ms_cache<T>::value>::stored* v_plane  [[buffer(7)]],  // [block, kv_head, block_size, DV]
-    device float* out                    [[buffer(8)]],   // [num_tokens, num_q_heads, DV]
+    device Out* out                      [[buffer(8)]],   // [num_tokens, num_q_heads, DV]
     device const float* sinks            [[buffer(9)]],   // [num_q_heads]
     constant MSGpuAttentionParams& p     [[buffer(10)]],
     uint3 at     [[threadgroup_position_in_grid]],
@@ -362,9 +325,9 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
       MS_UNROLL for (int r = 0; r < R; r++) {
         const int i = first_matrix_row + r * 8 + mine.x, j = i / H, g = i % H;
         if (j >= run.rows || g >= heads) continue;
-        device float* to = out + (ulong(row0 + run.first + j) * p.num_q_heads + ulong(first_head + g)) * DV + part * NV * 8 + mine.y;
+        device Out* to = out + (ulong(row0 + run.first + j) * p.num_q_heads + ulong(first_head + g)) * DV + part * NV * 8 + mine.y;
         MS_UNROLL for (int v = 0; v < NV; v++)
-          MS_UNROLL for (int e = 0; e < 2; e++) to[v * 8 + e] = t.o[v].tile[r].thread_elements()[e] * factor[r];
+          MS_UNROLL for (int e = 0; e < 2; e++) ms_leave_result(to + v * 8 + e, t.o[v].tile[r].thread_elements()[e] * factor[r]);
       }
       continue;
     }
@@ -381,10 +344,10 @@ template <typename T, int D, int DV, int H, int R, int NSG, int DS, int BK>
         const int g = i % H;
         if (g >= heads) continue;
         threadgroup float* from = floats + (i - row) * LD;
-        device float* to = out + (ulong(row0 + run.first + i / H) * p.num_q_heads + ulong(first_head + g)) * DV;
+        device Out* to = out + (ulong(row0 + run.first + i / H) * p.num_q_heads + ulong(first_head + g)) * DV;
         ms_rotate_back<Value::turbo ? DV : 32>(from, ms_kv_seeds[1], lane);
         simdgroup_barrier(mem_flags::mem_threadgroup);
-        for (int d = int(lane); d < DV; d += 32) to[d] = from[d];
+        for (int d = int(lane); d < DV; d += 32) ms_leave_result(to + d, from[d]);
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
     }

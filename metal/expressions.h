@@ -11,6 +11,12 @@ inline float ms_truth(bool condition) { return condition ? 1.0f : 0.0f; }
 inline float ms_sign(float x) { return x > 0.0f ? 1.0f : (x < 0.0f ? -1.0f : 0.0f); }
 inline float ms_square(float x) { return x * x; }
 inline float ms_cube(float x) { return x * x * x; }
+// Finite numbers beyond float16's are its largest; infinities and NaN stay.
+inline half ms_to_half(float x) {
+  const uint size = as_type<uint>(x) & 0x7fffffffu;
+  const bool beyond = size >= 0x477ff000u && size < 0x7f800000u;  // 65520, which rounds to infinity
+  return half(beyond ? (x < 0.0f ? -65504.0f : 65504.0f) : x);
+}
 inline float ms_to_f16(float x) { return float(half(x)); }
 inline float ms_to_bf16(float x) { return float(bfloat(x)); }
 

@@ -11,10 +11,11 @@ using namespace metal;
 #include "expressions.h"
 #include "linear_weights.h"
 
-// Rows of x: float32, row r at x + row(r) * stride, where row(r) is sampled[r] if SAMPLED. `first` is the tile's,
+// Rows of x, of X (float or half): row r at x + row(r) * stride, where row(r) is sampled[r] if SAMPLED. `first` is the tile's,
 // `last` the launch's last one, which stands in for those behind it.
+template <typename X>
 struct ms_matmul_x {
-  device const float* x;
+  device const X* x;
   device const int* sampled;
   device const float* norm;  // the norm's weight; unused without one
   uint stride;
@@ -22,18 +23,18 @@ struct ms_matmul_x {
   uint last;
 };
 
-template <bool SAMPLED>
-inline device const float* ms_row(thread const ms_matmul_x& x, uint row) {
+template <bool SAMPLED, typename X>
+inline device const X* ms_row(thread const ms_matmul_x<X>& x, uint row) {
   const uint r = min(x.first + row, x.last);
   return x.x + ulong(SAMPLED ? uint(x.sampled[r]) : r) * x.stride;
 }
 
 // scale[row] = 1 / rms(x) of the tile's BM rows, a simdgroup per row. A barrier must follow.
-template <int BM, int SIMDGROUPS, int XALIGN, bool SAMPLED>
+template <int BM, int SIMDGROUPS, int XALIGN, bool SAMPLED, typename X>
 inline void ms_row_scales(
-    threadgroup float* scale, thread const ms_matmul_x& x, uint k, float eps, uint sg, uint lane) {
+    threadgroup float* scale, thread const ms_matmul_x<X>& x, uint k, float eps, uint sg, uint lane) {
   for (uint row = sg; row < BM; row += SIMDGROUPS) {
-    device const float* p = ms_row<SAMPLED>(x, row);
+    device const X* p = ms_row<SAMPLED>(x, row);
     float sum = 0.0f;
     for (uint at = lane * 4; at < k; at += 128) {
       const float4 f = ms_read4<XALIGN, false>(p + at, int(k - at));
@@ -47,9 +48,9 @@ inline void ms_row_scales(
 // sums += W · xᵀ of NR * 8 rows of each part (from `row` on; the last one, n - 1, stands in for those behind it) and
 // the BM = 8 * MT rows of x, over the elements of k that simdgroups with this `split` of WK have.
 // staged: BM * (32 * WK + 4) floats for 32 elements of k per split at a time. Ends without a barrier.
-template <int C, int WK, int THREADS, int XALIGN, bool SAMPLED, bool NORM, int P, int NR, int MT, typename Weight>
+template <int C, int WK, int THREADS, int XALIGN, bool SAMPLED, bool NORM, int P, int NR, int MT, typename X, typename Weight>
 inline void ms_matmul(
-    thread ms_sums<P * NR, MT>& sums, threadgroup float* staged, thread const ms_matmul_x& x,
+    thread ms_sums<P * NR, MT>& sums, threadgroup float* staged, thread const ms_matmul_x<X>& x,
     thread const ms_parts<Weight, P>& weights, uint row, uint n, uint k, uint split, uint tid, uint lane) {
   constexpr int BM = 8 * MT;
   constexpr int LD = 32 * WK + 4;  // rows start four banks apart: a fragment's 32 elements [0] lie in 32 banks
@@ -73,7 +74,7 @@ inline void ms_matmul(
         const uint m = i / (WK * 8);
         const uint from = step + run / 2 * C + part + run % 2 * 4;
         const int left = int(k) - int(from);
-        device const float* p = ms_row<SAMPLED>(x, m);
+        device const X* p = ms_row<SAMPLED>(x, m);
         float4 f = float4(0.0f);
         if (left > 0) f = ms_read4<XALIGN, false>(p + from, left);
         if (NORM && left > 0) f = f * ms_read4<XALIGN, false>(x.norm + from, left);

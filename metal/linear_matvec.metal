@@ -11,10 +11,10 @@ using namespace metal;
 #include "expressions.h"
 #include "linear_weights.h"
 
-// B rows of x, float32 [k] each, and the weight of the norm (unused without one).
-template <int B>
+// B rows of x, [k] of X (float or half) each, and the weight of the norm (unused without one).
+template <int B, typename X>
 struct ms_matvec_x {
-  device const float* row[B];
+  device const X* row[B];
   device const float* norm;
 };
 
@@ -26,11 +26,11 @@ struct ms_matvec_sums {
 };
 
 // Sums over the chunks at `first`, first + stride, … (elements) of k. Row r of a part is `row` + r, or the last one.
-// SQUARES: sums.squares is made, too. NORM: x is multiplied by the norm's weight. XALIGN: 4 where every row of x and
-// the norm's weight start at a multiple of 16 bytes, else 1. WHOLE: k is a multiple of C.
-template <int C, int XALIGN, bool WHOLE, bool SQUARES, bool NORM, int P, int R, int B, typename Weight>
+// SQUARES: sums.squares is made, too. NORM: x is multiplied by the norm's weight. XALIGN: elements at a multiple
+// of which every row of x and the norm's weight start. WHOLE: k is a multiple of C.
+template <int C, int XALIGN, bool WHOLE, bool SQUARES, bool NORM, int P, int R, int B, typename X, typename Weight>
 inline void ms_matvec(
-    thread ms_matvec_sums<P, R, B>& sums, thread const ms_matvec_x<B>& x, thread const ms_parts<Weight, P>& weights,
+    thread ms_matvec_sums<P, R, B>& sums, thread const ms_matvec_x<B, X>& x, thread const ms_parts<Weight, P>& weights,
     uint row, uint n, uint k, uint first, uint stride) {
   ms_parts<Weight, P> w;
   const uint start = min(row, n - 1);

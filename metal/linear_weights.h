@@ -31,23 +31,24 @@ struct ms_parts {
   Weight part[P];
 };
 
-template <int BITS, int C>
+// As they were read: converted when a value is asked for, so that chunks may be on their way for long.
+template <int BITS, int C, typename T>
 struct ms_affine_chunk {
   static_assert(C * BITS % 32 == 0 && 32 % C == 0, "a chunk is whole words of one group");
   uint words[C * BITS / 32];
-  float scale;
-  float bias;
+  T scale;
+  T bias;
 };
-template <int BITS, int C>
+template <int BITS, int GROUP, int C>
 struct ms_floats_chunk {
   static_assert(C * BITS % 32 == 0 && 32 % C == 0, "a chunk is whole words of one group");
   uint words[C * BITS / 32];
-  float scale;
+  uchar scale;
 };
-template <int C>
+template <int C, typename T>
 struct ms_dense_chunk {
   static_assert(C % 4 == 0, "elements are read by fours");
-  float elements[C];
+  T elements[C];
 };
 
 // The chunk type of a format.
@@ -55,16 +56,16 @@ template <typename Weight, int C>
 struct ms_chunk_of;
 template <int BITS, int GROUP, typename T, int ALIGN, int C>
 struct ms_chunk_of<ms_affine<BITS, GROUP, T, ALIGN>, C> {
-  typedef ms_affine_chunk<BITS, C> type;
+  typedef ms_affine_chunk<BITS, C, T> type;
 };
 template <int BITS, int GROUP, int ALIGN, int C>
 struct ms_chunk_of<ms_floats<BITS, GROUP, ALIGN>, C> {
   static_assert(GROUP % C == 0, "a chunk has one scale");
-  typedef ms_floats_chunk<BITS, C> type;
+  typedef ms_floats_chunk<BITS, GROUP, C> type;
 };
 template <typename T, int ALIGN, int C>
 struct ms_chunk_of<ms_dense<T, ALIGN>, C> {
-  typedef ms_dense_chunk<C> type;
+  typedef ms_dense_chunk<C, T> type;
 };
 
 // Four elements from p, of which `left` exist (any number when WHOLE); the others are 0.
@@ -82,6 +83,12 @@ inline float4 ms_read4(device const T* p, int left) {
   if (left > 1) v.y = float(p[1]);
   if (left > 2) v.z = float(p[2]);
   return v;
+}
+
+// x, such that it stays finite as half if it is.
+inline float ms_within_half(float x) {
+  const float bounded = x > 65504.0f ? 65504.0f : (x < -65504.0f ? -65504.0f : x);
+  return fabs(x) < as_type<float>(0x7f800000u) ? bounded : x;
 }
 
 // The same weight from `row` on.
@@ -129,82 +136,92 @@ inline void ms_read_words(thread uint* to, device const uint* p) {
 
 // The chunk at element `at` of the weight, where the row has `left` elements more; what lies behind them is 0.
 template <int BITS, int GROUP, typename T, int ALIGN, int C>
-inline void ms_read(thread ms_affine_chunk<BITS, C>& to, ms_affine<BITS, GROUP, T, ALIGN> w, uint at, int left) {
+inline void ms_read(thread ms_affine_chunk<BITS, C, T>& to, ms_affine<BITS, GROUP, T, ALIGN> w, uint at, int left) {
   constexpr int WORDS = C * BITS / 32;
   if (left <= 0) {
     MS_UNROLL for (int i = 0; i < WORDS; i++) to.words[i] = 0;
-    to.scale = to.bias = 0.0f;
+    to.scale = to.bias = T(0.0f);
     return;
   }
   ms_read_words<WORDS, ALIGN>(to.words, w.words + at / C * WORDS);
-  to.scale = float(w.scales[at / GROUP]);
-  to.bias = float(w.biases[at / GROUP]);
+  to.scale = w.scales[at / GROUP];
+  to.bias = w.biases[at / GROUP];
 }
 template <int BITS, int GROUP, int ALIGN, int C>
-inline void ms_read(thread ms_floats_chunk<BITS, C>& to, ms_floats<BITS, GROUP, ALIGN> w, uint at, int left) {
+inline void ms_read(thread ms_floats_chunk<BITS, GROUP, C>& to, ms_floats<BITS, GROUP, ALIGN> w, uint at, int left) {
   constexpr int WORDS = C * BITS / 32;
   if (left <= 0) {
     MS_UNROLL for (int i = 0; i < WORDS; i++) to.words[i] = 0;
-    to.scale = 0.0f;
+    to.scale = 0;
     return;
   }
   ms_read_words<WORDS, ALIGN>(to.words, w.words + at / C * WORDS);
-  to.scale = ms_from_scale<GROUP>(w.scales[at / GROUP]);
+  to.scale = w.scales[at / GROUP];
 }
 template <typename T, int ALIGN, int C>
-inline void ms_read(thread ms_dense_chunk<C>& to, ms_dense<T, ALIGN> w, uint at, int left) {
+inline void ms_read(thread ms_dense_chunk<C, T>& to, ms_dense<T, ALIGN> w, uint at, int left) {
   MS_UNROLL for (int i = 0; i < C; i += 4) {
-    const float4 v = ms_read4<ALIGN, false>(w.elements + at + i, left - i);
-    to.elements[i] = v.x;
-    to.elements[i + 1] = v.y;
-    to.elements[i + 2] = v.z;
-    to.elements[i + 3] = v.w;
+    if (left - i >= 4 && ALIGN >= 4) {
+      const vec<T, 4> v = *(device const vec<T, 4>*)(w.elements + at + i);
+      to.elements[i] = v.x;
+      to.elements[i + 1] = v.y;
+      to.elements[i + 2] = v.z;
+      to.elements[i + 3] = v.w;
+    } else {
+      MS_UNROLL for (int j = i; j < i + 4; j++) to.elements[j] = left > j ? w.elements[at + j] : T(0.0f);
+    }
   }
 }
 
-// Value i of the chunk before scale and bias; i is known when compiled.
-template <int BITS, int C>
-inline float ms_unscaled(thread const ms_affine_chunk<BITS, C>& chunk, int i) {
+// Bits of value i of the chunk; i is known when compiled.
+template <int BITS, int C, typename T>
+inline uint ms_code(thread const ms_affine_chunk<BITS, C, T>& chunk, int i) {
   const int word = i * BITS / 32;
   const int shift = i * BITS % 32;
   uint v = chunk.words[word] >> shift;
   if (shift + BITS > 32) v |= chunk.words[min(word + 1, C * BITS / 32 - 1)] << (32 - shift);
-  return float(v & ((1u << BITS) - 1));
+  return v & ((1u << BITS) - 1);
 }
-template <int BITS, int C>
-inline float ms_unscaled(thread const ms_floats_chunk<BITS, C>& chunk, int i) {
+
+// Value i of the chunk before scale and bias.
+template <int BITS, int C, typename T>
+inline float ms_unscaled(thread const ms_affine_chunk<BITS, C, T>& chunk, int i) {
+  return float(ms_code(chunk, i));
+}
+template <int BITS, int GROUP, int C>
+inline float ms_unscaled(thread const ms_floats_chunk<BITS, GROUP, C>& chunk, int i) {
   return ms_from_bits<BITS>(chunk.words[i * BITS / 32] >> i * BITS % 32 & ((1u << BITS) - 1));
 }
-template <int C>
-inline float ms_unscaled(thread const ms_dense_chunk<C>& chunk, int i) {
-  return chunk.elements[i];
+template <int C, typename T>
+inline float ms_unscaled(thread const ms_dense_chunk<C, T>& chunk, int i) {
+  return float(chunk.elements[i]);
 }
 
 // Value i of the chunk.
-template <int BITS, int C>
-inline float ms_value(thread const ms_affine_chunk<BITS, C>& chunk, int i) {
-  return fma(ms_unscaled(chunk, i), chunk.scale, chunk.bias);
+template <int BITS, int C, typename T>
+inline float ms_value(thread const ms_affine_chunk<BITS, C, T>& chunk, int i) {
+  return fma(ms_unscaled(chunk, i), float(chunk.scale), float(chunk.bias));
 }
-template <int BITS, int C>
-inline float ms_value(thread const ms_floats_chunk<BITS, C>& chunk, int i) {
-  return ms_unscaled(chunk, i) * chunk.scale;
+template <int BITS, int GROUP, int C>
+inline float ms_value(thread const ms_floats_chunk<BITS, GROUP, C>& chunk, int i) {
+  return ms_unscaled(chunk, i) * ms_from_scale<GROUP>(chunk.scale);
 }
-template <int C>
-inline float ms_value(thread const ms_dense_chunk<C>& chunk, int i) {
-  return chunk.elements[i];
+template <int C, typename T>
+inline float ms_value(thread const ms_dense_chunk<C, T>& chunk, int i) {
+  return float(chunk.elements[i]);
 }
 
 // sum plus the chunk's product with an x of which `dot` is the product with the unscaled values and `total` the sum.
-template <int BITS, int C>
-inline float ms_add(thread const ms_affine_chunk<BITS, C>& chunk, float dot, float total, float sum) {
-  return fma(chunk.scale, dot, fma(chunk.bias, total, sum));
+template <int BITS, int C, typename T>
+inline float ms_add(thread const ms_affine_chunk<BITS, C, T>& chunk, float dot, float total, float sum) {
+  return fma(float(chunk.scale), dot, fma(float(chunk.bias), total, sum));
 }
-template <int BITS, int C>
-inline float ms_add(thread const ms_floats_chunk<BITS, C>& chunk, float dot, float, float sum) {
-  return fma(chunk.scale, dot, sum);
+template <int BITS, int GROUP, int C>
+inline float ms_add(thread const ms_floats_chunk<BITS, GROUP, C>& chunk, float dot, float, float sum) {
+  return fma(ms_from_scale<GROUP>(chunk.scale), dot, sum);
 }
-template <int C>
-inline float ms_add(thread const ms_dense_chunk<C>&, float dot, float, float sum) {
+template <int C, typename T>
+inline float ms_add(thread const ms_dense_chunk<C, T>&, float dot, float, float sum) {
   return sum + dot;
 }
 

@@ -46,6 +46,7 @@ typedef struct {
 // their first element; dst never overlaps an operand unless it equals it. Booleans are 1.0 and 0.0.
 enum ms_instr_op {
   // Buffers. LOAD: dst[0..n) <- buffer[slot], STORE: buffer[slot] <- a[0..n); addressing by rows, offset, row_stride.
+  // LOAD on a GPU: the sum of dims[0] planes in order (0 or 1: one), each dims[1] elements behind the one before.
   MS_OP_LOAD = 1,
   MS_OP_STORE = 2,
   // Strided copies between registers, up to four axes of dims, slowest first.
@@ -218,6 +219,39 @@ typedef struct {
   uint32_t offset;
   uint32_t row_stride;    // 0: the same for every row
 } MSGpuLinearAccess;
+
+// Many rows of x on an NVIDIA GPU (kernels/gpu/linear_library.py): weights as float16, a product by NVIDIA's library, what is done with it.
+typedef struct {
+  uint32_t chunks;        // of the weight: so many runs of elements that a thread reads at once
+  uint32_t first_group;   // of the launch's threadgroups along x
+  uint32_t first;         // of the result, by eights: where its first element goes
+} MSGpuDequantisePart;
+
+// library_gemm: out = x · Wᵀ, or that plus `added`. All rows of the plan, whatever the step has: those behind its last hold anything.
+typedef struct {
+  uint32_t rows;
+  uint32_t n;             // outputs
+  uint32_t k;             // elements of an input row
+  uint32_t x_row_stride;  // elements
+  uint32_t c_row_stride;  // of `added`
+  uint32_t d_row_stride;  // of out
+  uint32_t add;           // 1: `added` is
+  uint32_t workspace_bytes;
+} MSGpuLibraryGemmParams;
+
+enum ms_library_gemm_slot {
+  MS_LIBRARY_GEMM_X = 0,          // float16 [rows, k]
+  MS_LIBRARY_GEMM_WEIGHT = 1,     // float16 [n, k]
+  MS_LIBRARY_GEMM_ADDED = 2,      // float32 [rows, n]; any buffer when add is 0
+  MS_LIBRARY_GEMM_OUT = 3,        // float32 [rows, n]
+  MS_LIBRARY_GEMM_WORKSPACE = 4,  // any content, before and after
+};
+
+// After library_gemm; behind it an MSGpuLinearAccess per LOAD and STORE of the segment's epilogue.
+typedef struct {
+  uint32_t n;             // columns
+  uint32_t c_row_stride;  // elements of the products' rows; part p's are n behind part p - 1's
+} MSGpuFinishParams;
 
 // ---- the cache ------------------------------------------------------------------------------------------------------------
 // How the vectors of a plane are stored. Floats have the number of their ms_dtype and fill their plane. Others (kernels/turboquant.py)

@@ -3,12 +3,20 @@
 #ifndef METALSTEP_SAMPLE_H
 #define METALSTEP_SAMPLE_H
 
+// Of what a row that filters may need in several places. NVIDIA's compiler takes a minute to put all of them in line.
+#ifdef MS_CUDA
+#define MS_APART __attribute__((noinline))
+#else
+#define MS_APART
+#endif
+
 enum {
   MS_GROUP_TOKENS = 16,  // of one lane; a simdgroup's block is 32 groups, interleaved: tokens 32 j + lane of the block
   MS_BLOCK_TOKENS = 512,
-  MS_LIST_TOKENS = 1024,    // that fit in the list of a row that filters; with more of them, filters read the row
-  MS_NUCLEUS_TOKENS = 160,  // that most nuclei lie within: what is listed first, then four times as many
-  MS_DIGIT_BITS = 11,       // of a selection
+  MS_GROUPS_AT_ONCE = 8,  // whose least keys a thread reads together
+  MS_LIST_TOKENS = 2048,  // that fit in the list of a row that filters; with more of them, filters read the row
+  MS_DEPTH_BINS = 1024,  // of a row's tokens by how far they are below the largest: a multiple of a threadgroup's threads
+  MS_DIGIT_BITS = 11,    // of a selection
   MS_BINS = 1 << MS_DIGIT_BITS,
   MS_BOUND_BITS = 15,  // of keys: 256 bins of 2^15 are an octave
 };
@@ -32,8 +40,8 @@ inline ulong ms_later(ulong a, ulong b) { return a < b ? b : a; }
 // Every token with this key or a smaller one comes up to here in the order of (key, index).
 inline ulong ms_through(uint key) { return ulong(key) << 32 | 0xffffffffu; }
 
-// e^(depth * scale) for depth <= 0, and 1 for 0 however large the scale is (a tiny temperature).
-inline float ms_weight(float depth, float scale) { return depth == 0.0f ? 1.0f : precise::exp(depth * scale); }
+// e^(depth * scale) for depth <= 0. A scale is finite, so that a depth of 0 weighs 1. Powers of two cost half of powers of e.
+inline float ms_weight(float depth, float scale) { return precise::exp2(depth * scale * 1.44269504f); }
 
 // ---- what a row's record asks for -----------------------------------------------------------------------------------
 struct ms_sample_row {
@@ -52,6 +60,7 @@ struct ms_sample_row {
   bool own_sum;  // sums to make: of the model's own logits (if they differ), and of the processed ones
   bool sum;
   bool tempered;
+  bool weighed;  // its tokens, in bins: a nucleus of all of them is the first filter
 };
 
 // Philox 4x32-10 of key (seed) and counter: Salmon et al., SC 2011. 53 bits of its first two words, a fraction of 2^53.
@@ -113,6 +122,7 @@ inline ms_sample_row ms_read_row(device const MSSampling& s, device const MSStep
   r.top_k = 0;
   r.xtc = false;
   r.xtc_first = false;
+  r.weighed = false;
   if (!r.draws) return r;
   const bool tempered_first = (s.flags & MS_SAMPLE_TEMPERATURE_FIRST) != 0;
   const bool min_p = s.min_p > 0.0f, top_p = s.top_p < 1.0f;
@@ -122,6 +132,7 @@ inline ms_sample_row ms_read_row(device const MSSampling& s, device const MSStep
   r.scale = tempered_first ? r.inverse : 1.0f;
   r.xtc = s.xtc_probability > 0.0f && ms_coin(s);
   r.xtc_first = r.xtc && !min_p && (tempered_first || !top_p);
+  r.weighed = top_p && !r.xtc_first && (!tempered_first || !(min_p || r.top_k));
   const bool filter_sum = r.xtc_first || (top_p && (!tempered_first || !(min_p || r.top_k)));
   const bool draw_sum = !(r.xtc || top_p || min_p || r.top_k);
   r.sum = r.sum || (filter_sum && r.scale == 1.0f) || (draw_sum && r.inverse == 1.0f);
@@ -129,7 +140,7 @@ inline ms_sample_row ms_read_row(device const MSSampling& s, device const MSStep
   return r;
 }
 
-// ---- the workspace: per row, what is known of its parts, then of its groups, then its processed logits --------------
+// ---- the workspace: per row, its bins, what is known of its parts, then of its groups, then its processed logits -----
 // A part's logits: maxima by key, and sums relative to them. The first launch writes it.
 struct ms_part {
   uint own_key;   // of the model's own logits
@@ -143,6 +154,7 @@ struct ms_part {
 };
 
 struct ms_workspace {
+  device uint* bins;  // [MS_DEPTH_BINS] of four words: see ms_depths
   device ms_part* parts;
   device ulong* masses;  // of the parts, to draw from
   device uint* own;      // least key of each group of the model's own logits
@@ -150,14 +162,71 @@ struct ms_workspace {
   device uint* logits;   // the processed logits' bits, where they do not replace the row
 };
 
+inline uint ms_parts(uint vocab_size, uint part_tokens) { return (vocab_size - 1) / part_tokens + 1; }
 inline uint ms_blocks(uint vocab_size) { return (vocab_size - 1) / MS_BLOCK_TOKENS + 1; }
+
+// What the parts say of their row: its largest logits, and sums relative to them. Each simdgroup reads all: no barriers.
+struct ms_summary {
+  uint own;    // least key of the model's own logits
+  uint least;  // and of the processed ones
+  uint first;  // the first token with it
+  uint bad;
+  float reported_sum;
+  float drawn_sum;  // of the weights that filters see, or (without any) of those to draw by
+};
+inline bool ms_is_sampled(thread const ms_summary& s) { return !s.bad && s.own < MS_KEY_NONE && s.least < MS_KEY_NONE; }
+
+// unit: of the masses that are written, by this simdgroup; 0: none are.
+inline ms_summary ms_read_parts(thread const ms_workspace& w, uint parts, thread const ms_sample_row& r, float unit,
+                                uint lane) {
+  ms_summary s;
+  uint own = 0xffffffffu, key = 0xffffffffu, first = 0xffffffffu, bad = 0;
+  for (uint i = lane; i < parts; i += 32) {
+    own = min(own, w.parts[i].own_key);
+    bad |= w.parts[i].bad;
+    if (w.parts[i].key < key) {
+      key = w.parts[i].key;
+      first = w.parts[i].first;
+    }
+  }
+  s.least = simd_min(key);
+  s.first = simd_min(key == s.least ? first : 0xffffffffu);
+  s.own = simd_min(own);
+  s.bad = simd_max(bad);
+  s.reported_sum = 0.0f;
+  s.drawn_sum = 0.0f;
+  if (!ms_is_sampled(s)) return s;
+  const float most = ms_logit(s.least), reported_most = r.own_sum ? ms_logit(s.own) : most;
+  for (uint i = lane; i < parts; i += 32) {
+    device const ms_part& part = w.parts[i];
+    const uint reported_key = r.own_sum ? part.own_key : part.key;
+    if (reported_key < MS_KEY_NONE)
+      s.reported_sum += (r.own_sum ? part.own_sum : part.sum) * precise::exp(ms_logit(reported_key) - reported_most);
+    if (!r.draws) continue;
+    const float scale = r.tempered ? (r.scale != 1.0f ? r.scale : r.inverse) : 1.0f;
+    float share = 0.0f;
+    if (part.key < MS_KEY_NONE)
+      share = (r.tempered ? part.tempered : part.sum) * ms_weight(ms_logit(part.key) - most, scale);
+    s.drawn_sum += share;
+    if (unit > 0.0f) w.masses[i] = ulong(share * unit);
+  }
+  s.reported_sum = simd_sum(s.reported_sum);
+  s.drawn_sum = simd_sum(s.drawn_sum);
+  return s;
+}
+
+// How many units of mass are 1: all tokens together are less than 2^63. 2^(30 + clz(vocab_size))
+inline float ms_mass_unit(uint vocab_size) { return as_type<float>((157u + clz(vocab_size)) << 23); }
 
 // part_tokens: what one threadgroup of the first launch processes. kernels/gpu/sample.py: workspace_bytes.
 inline ms_workspace ms_row_workspace(device uint* workspace, uint vocab_size, uint part_tokens, uint row) {
   const ulong parts = (vocab_size - 1) / part_tokens + 1, groups = ulong(ms_blocks(vocab_size)) * 32;
-  const ulong words = parts * 10 + groups * 2 + vocab_size + (vocab_size & 1);
+  const ulong bins = 4 * MS_DEPTH_BINS;
+  const ulong words = bins + parts * 10 + groups * 2 + vocab_size + (vocab_size & 1);
   device uint* at = workspace + words * row;
   ms_workspace w;
+  w.bins = at;
+  at += bins;
   w.parts = (device ms_part*)at;
   w.masses = (device ulong*)(at + parts * 8);
   w.own = at + parts * 10;

@@ -1,5 +1,6 @@
-// Sampling in two launches: threadgroups process the parts of all rows, then one threadgroup per row ends it. Results
-// do not depend on the order of threads, nor a row's on its batch. Reference: kernels/sample.py.
+// Sampling in three launches: threadgroups process the parts of all rows, then they weigh those rows that draw from a
+// nucleus, then one threadgroup per row ends it. Results do not depend on the order of threads, nor a row's on its batch.
+// Each reads what the step asks for before it waits for the launch in front of it. Reference: kernels/sample.py.
 #include <metal_stdlib>
 using namespace metal;
 #include "ms_dialect.h"
@@ -36,10 +37,18 @@ template <int SIMDGROUPS>
   threadgroup float sums[SIMDGROUPS];
   threadgroup float tempered[SIMDGROUPS];
   const uint row = group.y, n = p.vocab_size;
-  if (row >= step->num_sampled) return;
+  if (row >= step->num_sampled) {
+    MS_WAIT_PREVIOUS(logits);
+    return;
+  }
   device const MSSampling& s = sampling[row];
   const ms_sample_row r = ms_read_row(s, *step, p, positions, sampled_rows, row);
+  MS_WAIT_PREVIOUS(logits);
+  workspace = ms_waited(workspace);
+  MS_LAUNCH_NEXT;
   const ms_workspace w = ms_row_workspace(workspace, n, PART, row);
+  if (r.weighed)
+    for (uint i = group.x * SIMDGROUPS * 32 + tid; i < 4 * MS_DEPTH_BINS; i += ms_parts(n, PART) * SIMDGROUPS * 32) w.bins[i] = 0;
   const uint part_first = group.x * PART, first = part_first + sg * MS_BLOCK_TOKENS + lane;
   const uint own_group = (group.x * SIMDGROUPS + sg) * 32 + lane;
   const bool has_group = own_group < ms_blocks(n) * 32;
@@ -73,8 +82,9 @@ template <int SIMDGROUPS>
   if (lane == 0) keys[sg] = least;
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (int i = 0; i < SIMDGROUPS; i++) least = min(least, keys[i]);
-  for (int j = MS_GROUP_TOKENS - 1; j >= 0; j--)
-    if (ms_key(x.bits[j]) == least) first_token = first + 32 * j;
+  if (key == least)
+    MS_UNROLL for (int j = MS_GROUP_TOKENS - 1; j >= 0; j--)
+      if (ms_key(x.bits[j]) == least) first_token = first + 32 * j;
   const float most = ms_logit(least);
   const bool some = least < MS_KEY_NONE;
   const float sum = simd_sum(some && r.sum ? ms_sum_weights(x, most, 1.0f) : 0.0f);
@@ -103,9 +113,63 @@ template <int SIMDGROUPS>
   part.tempered = ms_sum_simdgroups(tempered, SIMDGROUPS);
 }
 
+// Adds the weights of the tokens of a row that is weighed to its bins. A threadgroup per SIMDGROUPS * 512 tokens and per
+// row. PART: tokens of a part in the first launch.
+template <int SIMDGROUPS, int PART>
+[[kernel, max_total_threads_per_threadgroup(SIMDGROUPS * 32)]] void sample_weigh(
+    device const MSStep* step [[buffer(0)]],
+    device const uint* logits [[buffer(1)]],
+    device const MSSampling* sampling [[buffer(2)]],
+    device const int* positions [[buffer(3)]],
+    device const uint* sampled_rows [[buffer(4)]],
+    device uint* workspace [[buffer(5)]],
+    constant MSSampleParams& p [[buffer(6)]],
+    uint3 group [[threadgroup_position_in_grid]],
+    uint tid [[thread_index_in_threadgroup]],
+    uint sg [[simdgroup_index_in_threadgroup]],
+    uint lane [[thread_index_in_simdgroup]]) {
+  threadgroup uint bins[6 * MS_DEPTH_BINS];
+  const uint row = group.y, n = p.vocab_size;
+  if (row >= step->num_sampled) {
+    MS_WAIT_PREVIOUS(workspace);
+    return;
+  }
+  device const MSSampling& s = sampling[row];
+  const ms_sample_row r = ms_read_row(s, *step, p, positions, sampled_rows, row);
+  MS_WAIT_PREVIOUS(workspace);
+  logits = ms_waited(logits);
+  MS_LAUNCH_NEXT;
+  if (!r.weighed) return;
+  for (uint i = tid; i < 6 * MS_DEPTH_BINS; i += SIMDGROUPS * 32) bins[i] = 0;
+  const ms_workspace w = ms_row_workspace(workspace, n, PART, row);
+  const ms_summary parts = ms_read_parts(w, ms_parts(n, PART), r, 0.0f, lane);
+  if (!ms_is_sampled(parts)) return;
+  const uint first = (group.x * SIMDGROUPS + sg) * MS_BLOCK_TOKENS + lane;
+  device const uint* from = r.changes && !r.in_place ? w.logits : logits + ulong(row) * n;
+  const float most = ms_logit(parts.least), unit = ms_mass_unit(n);
+  const float bins_per_depth = ms_bins_per_depth(parts.drawn_sum, n, r.scale);
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint start = first; start < first + MS_BLOCK_TOKENS; start += 4 * 32) {  // long code costs more than it saves
+    uint bits[4];
+    MS_UNROLL for (int j = 0; j < 4; j++) bits[j] = start + 32 * j < n ? from[start + 32 * j] : uint(MS_BITS_NEG_INFINITY);
+    MS_UNROLL for (int j = 0; j < 4; j++) {
+      if (bits[j] == MS_BITS_NEG_INFINITY) continue;
+      const float x = as_type<float>(bits[j]);
+      threadgroup atomic_uint* bin = (threadgroup atomic_uint*)bins + 6 * ms_depth_bin(x, most, bins_per_depth);
+      ms_add_weight(bin, ulong(ms_weight(x - most, r.scale) * unit));
+      if (r.scale != r.inverse) ms_add_weight(bin + 3, ulong(ms_weight(x - most, r.inverse) * unit));
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint i = tid; i < 2 * MS_DEPTH_BINS; i += SIMDGROUPS * 32) {
+    const ulong mass = ms_weight_of(bins + 3 * i);
+    if (mass) ms_add_mass(w.bins + 2 * i, mass);
+  }
+}
+
 // The most likely tokens, and none (-1, NaN) where the finite ones end.
-inline void ms_report_top(device MSTopLogprob* out, uint count, thread const ms_tokens& row, device const uint* groups,
-                          float log_sum, thread ms_group_memory& m) {
+MS_APART inline void ms_report_top(device MSTopLogprob* out, uint count, thread const ms_tokens& row, device const uint* groups,
+                          float log_sum, ms_group_memory m) {
   const uint least = ms_key(as_type<uint>(row.most));
   ms_tokens some = row;
   if (!ms_list(some, groups, 0, ms_bound(groups, row.count, least, count, m), m))
@@ -142,17 +206,26 @@ template <int SIMDGROUPS, int PART>
     uint lane [[thread_index_in_simdgroup]]) {
   constexpr uint THREADS = SIMDGROUPS * 32;
   threadgroup ulong list[MS_LIST_TOKENS];
-  threadgroup uint low[MS_BINS];
-  threadgroup uint high[MS_BINS];
-  threadgroup ulong sums[2 * SIMDGROUPS];
+  threadgroup ulong sums[SIMDGROUPS];
   threadgroup ulong found[4];
   threadgroup uint counter[1];
-  const uint row = group.x, n = p.vocab_size, parts = (n - 1) / PART + 1;
-  if (row >= step->num_sampled) return;
+  static_assert(MS_LIST_TOKENS == MS_BINS, "both words of the bins fill the list's place");
+  const uint row = group.x, n = p.vocab_size;
+  if (row >= step->num_sampled) {
+    MS_WAIT_PREVIOUS(workspace);
+    return;
+  }
+  device const MSSampling& s = sampling[row];
+  const ms_sample_row r = ms_read_row(s, *step, p, positions, sampled_rows, row);
+  const ulong result = ulong(step->index) * p.max_rows + row;
+  const uint count = min(s.top, p.max_top);
+  MS_WAIT_PREVIOUS(workspace);
+  logits = ms_waited(logits);
+  MS_LAUNCH_NEXT;
   ms_group_memory m;
   m.list = list;
-  m.low = (threadgroup atomic_uint*)low;
-  m.high = (threadgroup atomic_uint*)high;
+  m.low = (threadgroup atomic_uint*)list;
+  m.high = m.low + MS_BINS;
   m.sums = sums;
   m.found = found;
   m.counter = (threadgroup atomic_uint*)counter;
@@ -160,32 +233,16 @@ template <int SIMDGROUPS, int PART>
   m.lane = lane;
   m.sg = sg;
   m.simdgroups = SIMDGROUPS;
-  m.turn = 0;
-  device const MSSampling& s = sampling[row];
-  const ms_sample_row r = ms_read_row(s, *step, p, positions, sampled_rows, row);
   const ms_workspace w = ms_row_workspace(workspace, n, PART, row);
-  const ulong result = ulong(step->index) * p.max_rows + row;
-  const uint count = min(s.top, p.max_top);
-  // 1. What the parts say: the largest logits, and sums relative to them. Each simdgroup reads all: no barriers.
-  uint own = 0xffffffffu, key = 0xffffffffu, first = 0xffffffffu, bad = 0;
-  for (uint i = lane; i < parts; i += 32) {
-    own = min(own, w.parts[i].own_key);
-    bad |= w.parts[i].bad;
-    if (w.parts[i].key < key) {
-      key = w.parts[i].key;
-      first = w.parts[i].first;
-    }
-  }
-  const uint least = simd_min(key);
-  first = simd_min(key == least ? first : 0xffffffffu);
-  own = simd_min(own);
-  bad = simd_max(bad);
-  if (bad || own >= MS_KEY_NONE || least >= MS_KEY_NONE) {
+  // 1. What the parts say.
+  const float unit = ms_mass_unit(n);
+  const ms_summary parts = ms_read_parts(w, ms_parts(n, PART), r, r.draws && sg == 0 ? unit : 0.0f, lane);
+  if (!ms_is_sampled(parts)) {
     if (tid == 0) {
       out[result].token = 0;
       out[result].logprob = as_type<float>(uint(MS_BITS_NAN));
       out[result].rank = 0;
-      out[result].status = bad || own >= MS_KEY_NONE ? MS_SAMPLE_NOT_FINITE : MS_SAMPLE_NOTHING_ALLOWED;
+      out[result].status = parts.bad || parts.own >= MS_KEY_NONE ? MS_SAMPLE_NOT_FINITE : MS_SAMPLE_NOTHING_ALLOWED;
     }
     for (uint i = tid; i < count; i += THREADS) {
       top[result * p.max_top + i].token = -1;
@@ -193,25 +250,7 @@ template <int SIMDGROUPS, int PART>
     }
     return;
   }
-  const float unit = as_type<float>((157u + clz(n)) << 23);  // 2^(30 + clz(n))
-  const float most = ms_logit(least), reported_most = r.own_sum ? ms_logit(own) : most;
-  float reported_sum = 0.0f, drawn_sum = 0.0f;
-  for (uint i = lane; i < parts; i += 32) {
-    device const ms_part& part = w.parts[i];
-    const uint reported_key = r.own_sum ? part.own_key : part.key;
-    if (reported_key < MS_KEY_NONE)
-      reported_sum += (r.own_sum ? part.own_sum : part.sum) * precise::exp(ms_logit(reported_key) - reported_most);
-    if (!r.draws) continue;
-    // Of the distribution that filters see, or that is drawn from.
-    const float scale = r.tempered ? (r.scale != 1.0f ? r.scale : r.inverse) : 1.0f;
-    float share = 0.0f;
-    if (part.key < MS_KEY_NONE)
-      share = (r.tempered ? part.tempered : part.sum) * ms_weight(ms_logit(part.key) - most, scale);
-    drawn_sum += share;
-    if (sg == 0) w.masses[i] = ulong(share * unit);
-  }
-  reported_sum = simd_sum(reported_sum);
-  drawn_sum = simd_sum(drawn_sum);
+  const float most = ms_logit(parts.least), reported_most = r.own_sum ? ms_logit(parts.own) : most;
   threadgroup_barrier(mem_flags::mem_device);
   // 2. The token.
   ms_tokens all;
@@ -231,14 +270,19 @@ template <int SIMDGROUPS, int PART>
   reported.most = reported_most;
   device const uint* groups = r.changes ? w.given : w.own;
   device const uint* reported_groups = r.own_sum ? w.own : groups;
-  uint token = s.target >= 0 ? uint(s.target) : first;
-  if (r.draws) token = ms_draw(all, r, s, groups, drawn_sum, w.masses, PART, m);
+  uint token = s.target >= 0 ? uint(s.target) : parts.first, rank = r.own_sum ? 0 : 1;
+  if (r.draws) {
+    ms_depths depths;
+    depths.masses = w.bins;
+    depths.bins_per_depth = ms_bins_per_depth(parts.drawn_sum, n, r.scale);
+    depths.same = r.scale == r.inverse;
+    token = ms_draw(all, r, s, groups, parts.drawn_sum, w.masses, PART, depths, m, rank);
+  }
   // 3. What is reported of it.
   const uint token_key = ms_key(reported.words[token]);
-  const float log_sum = precise::log(reported_sum);
-  uint rank = 1;
-  if (s.target >= 0 || r.own_sum || token != first)
-    rank += ms_count_before(reported, reported_groups, ulong(token_key) << 32 | token, m);
+  const float log_sum = precise::log(parts.reported_sum);
+  if (s.target >= 0 || r.own_sum || rank == 0)
+    rank = 1 + ms_count_before(reported, reported_groups, ulong(token_key) << 32 | token, m);
   if (count) ms_report_top(top + result * p.max_top, count, reported, reported_groups, log_sum, m);
   if (tid > 0) return;
   out[result].token = int(token);

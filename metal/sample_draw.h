@@ -2,6 +2,7 @@
 // xtc and top_k. A draw inverts the cumulative distribution, in the order of tokens or of (key, index), at one number.
 #ifndef METALSTEP_SAMPLE_DRAW_H
 #define METALSTEP_SAMPLE_DRAW_H
+#include "sample_nucleus.h"
 #include "sample_select.h"
 
 // A share of a mass; share is below 1.
@@ -10,7 +11,7 @@ inline ulong ms_share(ulong mass, float share) {
 }
 
 // The largest key whose logit weighs at least e^limit (or, with `more`, more than that); 0: there is none.
-inline uint ms_reach(thread const ms_tokens& a, float limit, bool more) {
+MS_APART inline uint ms_reach(thread const ms_tokens& a, float limit, bool more) {
   if (more ? !(0.0f > limit) : !(0.0f >= limit)) return 0;
   uint reaches = ms_key(as_type<uint>(a.most)), fails = MS_KEY_NONE;
   while (fails - reaches > 1) {
@@ -26,8 +27,8 @@ inline uint ms_reach(thread const ms_tokens& a, float limit, bool more) {
 
 // xtc: drops what is more likely than the least likely of the tokens above the threshold. Those that are left are then
 // weighed relative to the largest of them: it may be far below the row's. sum: of the weights before.
-inline void ms_exclude(thread ms_tokens& a, device const uint* groups, float threshold, float sum,
-                       thread ms_group_memory& m) {
+MS_APART inline void ms_exclude(thread ms_tokens& a, device const uint* groups, float threshold, float sum,
+                       ms_group_memory m) {
   const uint reach = ms_reach(a, threshold > 0.0f ? precise::log(threshold * sum) : -3.4e38f, true);
   uint last = 0;
   ulong at;
@@ -57,8 +58,8 @@ inline void ms_exclude(thread ms_tokens& a, device const uint* groups, float thr
 }
 
 // A draw among all tokens that are left of a row: the part by the parts' masses, then the token in it.
-inline uint ms_draw_any(thread const ms_tokens& row, device const MSSampling& s, device const ulong* masses,
-                        uint part_tokens, thread ms_group_memory& m) {
+MS_APART inline uint ms_draw_any(thread const ms_tokens& row, device const MSSampling& s, device const ulong* masses,
+                        uint part_tokens, ms_group_memory m) {
   const uint threads = 32 * m.simdgroups, parts = (row.count - 1) / part_tokens + 1;
   const uint runs = (parts - 1) / threads + 1, first_part = min(m.tid * runs, parts),
              end_part = min(first_part + runs, parts);
@@ -101,8 +102,8 @@ inline uint ms_draw_any(thread const ms_tokens& row, device const MSSampling& s,
 }
 
 // The parts' masses of the tokens that are left of a row.
-inline void ms_weigh_parts(thread const ms_tokens& row, device ulong* masses, uint part_tokens,
-                           thread ms_group_memory& m) {
+MS_APART inline void ms_weigh_parts(thread const ms_tokens& row, device ulong* masses, uint part_tokens,
+                           ms_group_memory m) {
   const uint part_groups = part_tokens / MS_GROUP_TOKENS, groups = ms_blocks(row.count) * 32;
   for (uint part = m.sg; part * part_groups < groups; part += m.simdgroups) {
     ulong mass = 0;
@@ -123,9 +124,11 @@ inline void ms_weigh_parts(thread const ms_tokens& row, device ulong* masses, ui
 
 // One token of a row's logits, by its temperature and filters. all: the row, all tokens, weighed by its largest and
 // r.scale. groups: their least keys. sum: of the weights that filters see, or (without any) of those to draw by.
-inline uint ms_draw(thread ms_tokens& all, thread const ms_sample_row& r, device const MSSampling& s,
+// depths: of a row that is weighed. rank: of the token, or 0 where that is not known.
+MS_APART inline uint ms_draw(thread ms_tokens& all, thread const ms_sample_row& r, device const MSSampling& s,
                     device const uint* groups, float sum, device ulong* masses, uint part_tokens,
-                    thread ms_group_memory& m) {
+                    thread const ms_depths& depths, ms_group_memory m, thread uint& rank) {
+  rank = 0;
   const bool tempered_first = (s.flags & MS_SAMPLE_TEMPERATURE_FIRST) != 0, min_p = s.min_p > 0.0f;
   const bool nucleus_first = s.top_p < 1.0f && (!tempered_first || !(min_p || r.top_k));
   const bool nucleus_last = s.top_p < 1.0f && !nucleus_first;
@@ -156,18 +159,20 @@ inline uint ms_draw(thread ms_tokens& all, thread const ms_sample_row& r, device
   if (r.top_k && !xtc) all.end = ms_earlier(all.end, ms_bound(groups, all.count, least, r.top_k + dropped, m));
   ms_tokens a = all;
   if (!nucleus_first) ms_list(a, groups, 0, a.end, m);
-  // 3. A nucleus of all tokens: most are small.
+  // 3. A nucleus of all tokens.
   if (nucleus_first) {
     const ulong wanted = ms_later(ms_share(mass, s.top_p), 1);
-    bool held = false;
-    for (uint tried = MS_NUCLEUS_TOKENS; !held && tried < MS_LIST_TOKENS; tried *= 4) {
-      const ulong from = ms_earlier(all.end, ms_bound(groups, all.count, least, tried + dropped, m));
-      a = all;
-      held = ms_list(a, groups, 0, from, m) && (from == all.end || ms_total(a, groups, true, m) >= wanted);
-    }
-    if (!held) a = all;
-    a.end = ms_earlier(a.end, ms_select(a, groups, least, wanted, true, tempered_first ? MS_TO_TOKEN : MS_TO_KEY, m));
-    if (!held) ms_list(a, groups, 0, a.end, m);
+    uint bin, earlier, token;
+    ulong before;
+    const bool found = r.weighed && ms_nucleus(all, a, groups, depths, wanted, !tempered_first, m, bin, before, earlier);
+    const ulong end = a.end;
+    if (found && !(min_p || r.top_k || xtc) &&
+        ms_draw_listed(all, a, groups, depths, r.inverse, ms_philox(s, 0) << 11, bin, before, earlier, m, token, rank))
+      return token;
+    a = all;
+    a.end = ms_earlier(
+        a.end, found ? end : ms_select(a, groups, least, wanted, true, tempered_first ? MS_TO_TOKEN : MS_TO_KEY, m));
+    ms_list(a, groups, 0, a.end, m);
   }
   // 4. min_p, and top_k unless xtc comes first.
   if (min_p) {

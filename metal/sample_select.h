@@ -5,19 +5,18 @@
 #define METALSTEP_SAMPLE_SELECT_H
 #include "sample.h"
 
-// Memory of a threadgroup, and a thread's place in it.
+// Memory of a threadgroup, and a thread's place in it. Bins lie in the list's place: who has a list needs none.
 struct ms_group_memory {
   threadgroup ulong* list;        // [MS_LIST_TOKENS], key << 32 | token
   threadgroup atomic_uint* low;   // [MS_BINS]
   threadgroup atomic_uint* high;  // [MS_BINS]
-  threadgroup ulong* sums;        // [2, simdgroups]
+  threadgroup ulong* sums;        // [simdgroups]
   threadgroup ulong* found;       // [4]
   threadgroup atomic_uint* counter;
   uint tid;
   uint lane;
   uint sg;
-  uint simdgroups;
-  uint turn;  // which half of `sums` is next: a barrier lies between a half's readers and its next writers
+  uint simdgroups;  // up to 32
 };
 
 enum ms_source {
@@ -43,41 +42,41 @@ struct ms_tokens {
 };
 
 // ---- over a threadgroup ---------------------------------------------------------------------------------------------
-// One value of each simdgroup becomes visible to all. Returns [simdgroups].
-inline threadgroup const ulong* ms_exchange(ulong value, thread ms_group_memory& m) {
-  threadgroup ulong* values = m.sums + m.turn * m.simdgroups;
-  m.turn ^= 1;
-  if (m.lane == 31) values[m.sg] = value;
+// The last lane's value of each simdgroup, that of simdgroup i to all lanes i; `none` to those that have no simdgroup.
+inline ulong ms_exchange(ulong value, ulong none, ms_group_memory m) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // others may read what was there
+  if (m.lane == 31) m.sums[m.sg] = value;
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  return values;
+  return m.lane < m.simdgroups ? m.sums[m.lane] : none;
+}
+inline ulong ms_lane(ulong value, ushort lane) {
+  return ulong(simd_shuffle(uint(value >> 32), lane)) << 32 | simd_shuffle(uint(value), lane);
+}
+// The sum of the values of the lanes up to this one.
+inline ulong ms_simd_prefix(ulong sum, uint lane) {
+  MS_UNROLL for (ushort d = 1; d < 32; d *= 2) {
+    const uint low = simd_shuffle_up(uint(sum), d), high = simd_shuffle_up(uint(sum >> 32), d);
+    if (lane >= d) sum += ulong(high) << 32 | low;
+  }
+  return sum;
 }
 // The sum of the values of the threads before this one, and of all.
-inline ulong ms_prefix(ulong value, thread ms_group_memory& m, thread ulong& total) {
-  ulong sum = value;
-  for (ushort d = 1; d < 32; d *= 2) {
-    const uint low = simd_shuffle_up(uint(sum), d), high = simd_shuffle_up(uint(sum >> 32), d);
-    if (m.lane >= d) sum += ulong(high) << 32 | low;
-  }
-  threadgroup const ulong* sums = ms_exchange(sum, m);
-  ulong before = 0;
-  total = 0;
-  for (uint i = 0; i < m.simdgroups; i++) {
-    if (i == m.sg) before = total;
-    total += sums[i];
-  }
-  return before + sum - value;
+MS_APART inline ulong ms_prefix(ulong value, ms_group_memory m, thread ulong& total) {
+  const ulong sum = ms_simd_prefix(value, m.lane);
+  const ulong sums = ms_simd_prefix(ms_exchange(sum, 0, m), m.lane);
+  total = ms_lane(sums, 31);
+  const ulong before = ms_lane(sums, ushort(max(m.sg, 1u) - 1));
+  return (m.sg > 0 ? before : 0) + sum - value;
 }
-inline ulong ms_sum(ulong value, thread ms_group_memory& m) {
+inline ulong ms_sum(ulong value, ms_group_memory m) {
   ulong total;
   ms_prefix(value, m, total);
   return total;
 }
-inline uint ms_least(uint value, thread ms_group_memory& m) {
-  threadgroup const ulong* values = ms_exchange(simd_min(value), m);
-  for (uint i = 0; i < m.simdgroups; i++) value = min(value, uint(values[i]));
-  return value;
+inline uint ms_least(uint value, ms_group_memory m) {
+  return simd_min(uint(ms_exchange(simd_min(value), 0xffffffffu, m)));
 }
-inline uint ms_largest(uint value, thread ms_group_memory& m) { return ~ms_least(~value, m); }
+inline uint ms_largest(uint value, ms_group_memory m) { return ~ms_least(~value, m); }
 
 // ---- tokens ---------------------------------------------------------------------------------------------------------
 inline bool ms_is_left(thread const ms_tokens& a, ulong at) {
@@ -102,17 +101,18 @@ inline ulong ms_mass(thread const ms_tokens& a, ulong at) {
 }
 
 // 64 bits in two words: whoever makes the low one wrap carries.
-inline void ms_add(thread ms_group_memory& m, uint bin, ulong value) {
+inline void ms_add(ms_group_memory m, uint bin, ulong value) {
   const uint low = uint(value), before = atomic_fetch_add_explicit(&m.low[bin], low, memory_order_relaxed);
   const uint high = uint(value >> 32) + (before + low < before ? 1u : 0u);
   if (high) atomic_fetch_add_explicit(&m.high[bin], high, memory_order_relaxed);
 }
-inline ulong ms_bin(thread ms_group_memory& m, uint bin) {
+inline ulong ms_bin(ms_group_memory m, uint bin) {
   return ulong(atomic_load_explicit(&m.high[bin], memory_order_relaxed)) << 32 |
          atomic_load_explicit(&m.low[bin], memory_order_relaxed);
 }
 
-inline void ms_clear_bins(thread const ms_group_memory& m) {
+inline void ms_clear_bins(ms_group_memory m) {
+  threadgroup_barrier(mem_flags::mem_threadgroup);  // others may read the list
   for (uint i = m.tid; i < MS_BINS; i += 32 * m.simdgroups) {
     atomic_store_explicit(&m.low[i], 0u, memory_order_relaxed);
     atomic_store_explicit(&m.high[i], 0u, memory_order_relaxed);
@@ -121,7 +121,7 @@ inline void ms_clear_bins(thread const ms_group_memory& m) {
 }
 
 // The first bin with which the sum comes up to `wanted`: the bin, what lies before it, what it holds. false: none does.
-inline bool ms_find_bin(ulong wanted, thread ms_group_memory& m, thread uint& bin, thread ulong& before,
+inline bool ms_find_bin(ulong wanted, ms_group_memory m, thread uint& bin, thread ulong& before,
                         thread ulong& holds) {
   const uint bins = MS_BINS / (32 * m.simdgroups), first = m.tid * bins;
   ulong own = 0, total;
@@ -149,8 +149,8 @@ enum ms_precision {
 
 // The last token of the shortest front that holds `wanted` >= 1 tokens, or units of mass; `end` where all hold less.
 // Digit by digit, with a pass for each.
-inline ulong ms_select_digits(thread const ms_tokens& a, ulong wanted, bool weighed, int precision,
-                              thread ms_group_memory& m) {
+MS_APART inline ulong ms_select_digits(thread const ms_tokens& a, ulong wanted, bool weighed, int precision,
+                              ms_group_memory m) {
   const uint threads = 32 * m.simdgroups;
   uint known = 64, low = 64 - MS_DIGIT_BITS;  // bits of a place are known from here up; this digit's lowest
   ulong prefix = 0, at;                       // what is known
@@ -213,7 +213,7 @@ inline void ms_read_group(thread ms_places& places, device const uint* logits, u
 }
 
 // The mass, or the count, of the tokens that are left.
-inline ulong ms_total(thread const ms_tokens& a, device const uint* groups, bool weighed, thread ms_group_memory& m) {
+MS_APART inline ulong ms_total(thread const ms_tokens& a, device const uint* groups, bool weighed, ms_group_memory m) {
   ulong sum = 0, at;
   if (a.source == MS_SOURCE_LIST) {
     for (uint i = m.tid; i < a.count; i += 32 * m.simdgroups)
@@ -231,7 +231,7 @@ inline ulong ms_total(thread const ms_tokens& a, device const uint* groups, bool
 }
 
 // Ascending, by bitonic exchanges. Those of up to 64 places in a row stay within a simdgroup.
-inline void ms_sort_list(uint count, thread ms_group_memory& m) {
+MS_APART inline void ms_sort_list(uint count, ms_group_memory m) {
   const uint threads = 32 * m.simdgroups;
   uint size = 2;
   while (size < count) size *= 2;
@@ -258,8 +258,8 @@ inline void ms_sort_list(uint count, thread ms_group_memory& m) {
 }
 
 // Makes a sorted list of the row's tokens from `first` to `limit`, if they fit. Else `a` stays the row.
-inline bool ms_list(thread ms_tokens& a, device const uint* groups, ulong first, ulong limit,
-                    thread ms_group_memory& m) {
+MS_APART inline bool ms_list(thread ms_tokens& a, device const uint* groups, ulong first, ulong limit,
+                    ms_group_memory m) {
   if (m.tid == 0) atomic_store_explicit(m.counter, 0u, memory_order_relaxed);
   threadgroup_barrier(mem_flags::mem_threadgroup);
   for (uint g = m.tid; g < ms_blocks(a.count) * 32; g += 32 * m.simdgroups) {
@@ -286,7 +286,7 @@ inline bool ms_list(thread ms_tokens& a, device const uint* groups, ulong first,
 
 // As ms_select_digits, of a list.
 inline ulong ms_select_listed(thread const ms_tokens& a, ulong wanted, bool weighed, int precision,
-                              thread ms_group_memory& m) {
+                              ms_group_memory m) {
   const uint run = a.count / (32 * m.simdgroups) + 1, first = min(m.tid * run, a.count);
   const uint end = min(first + run, a.count);
   ulong own = 0, total, place;
@@ -305,8 +305,8 @@ inline ulong ms_select_listed(thread const ms_tokens& a, ulong wanted, bool weig
 
 // As ms_select_digits, of a list or of a row whose least key this is: mostly two passes, the histogram's and that which
 // lists the tokens of the bin. The list is then another.
-inline ulong ms_select(thread const ms_tokens& a, device const uint* groups, uint least, ulong wanted, bool weighed,
-                       int precision, thread ms_group_memory& m) {
+MS_APART inline ulong ms_select(thread const ms_tokens& a, device const uint* groups, uint least, ulong wanted, bool weighed,
+                       int precision, ms_group_memory m) {
   if (a.source == MS_SOURCE_LIST) return ms_select_listed(a, wanted, weighed, precision, m);
   ms_clear_bins(m);
   for (uint g = m.tid; g < ms_blocks(a.count) * 32; g += 32 * m.simdgroups) {
@@ -331,8 +331,8 @@ inline ulong ms_select(thread const ms_tokens& a, device const uint* groups, uin
 }
 
 // How many logits come before this place in the order.
-inline uint ms_count_before(thread const ms_tokens& row, device const uint* groups, ulong place,
-                            thread ms_group_memory& m) {
+MS_APART inline uint ms_count_before(thread const ms_tokens& row, device const uint* groups, ulong place,
+                            ms_group_memory m) {
   ulong count = 0;
   for (uint g = m.tid; g < ms_blocks(row.count) * 32; g += 32 * m.simdgroups) {
     if (groups[g] > place >> 32) continue;
@@ -345,7 +345,7 @@ inline uint ms_count_before(thread const ms_tokens& row, device const uint* grou
 
 // A place that at least `wanted` of a row's logits reach, and not many more: what their groups' largest reach. least:
 // the row's least key, from which most groups' differ by less than eight octaves: 2048 bins.
-inline ulong ms_bound(device const uint* groups, uint vocab_size, uint least, ulong wanted, thread ms_group_memory& m) {
+MS_APART inline ulong ms_bound(device const uint* groups, uint vocab_size, uint least, ulong wanted, ms_group_memory m) {
   const uint count = ms_blocks(vocab_size) * 32;
   ms_clear_bins(m);
   for (uint g = m.tid; g < count; g += 32 * m.simdgroups) {

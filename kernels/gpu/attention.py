@@ -11,32 +11,22 @@ import math
 from dataclasses import dataclass
 
 from metalstep.kernels import check, params
+from metalstep.kernels.gpu import attention_prompt, attention_tiles
+from metalstep.kernels.gpu.attention_geometry import SIMD, TUNING, decode_geometry, mixed_geometry
 from metalstep.kernels.gpu.bench_case import ACTIVATION_BYTES, EPS, BenchCase, BenchSizes, Inputs
 from metalstep.kernels.kv_codec import KVCodec
-from metalstep.kernels.launch import Buffer, KernelCode, Launch
+from metalstep.kernels.launch import DTYPE_BYTES, Buffer, KernelCode, Launch
 from metalstep.kernels.linear import Norm
 from metalstep.kernels.step import StepBuffers
 
 OP = "attention"
 TYPES = {"float32": "float", "float16": "half", "bfloat16": "bfloat"}
+OUT_DTYPES = {"decode": ("float32", "float16"), "mixed": ("float32", "float16")}
+OUT_BY_KIND = {"apple": "float32", "nvidia": "float16"}  # as plans have it
+OUT_TYPES = {"float32": "float", "float16": "half"}
 SPLIT_LEN = 1024  # visible positions of a piece of a context: up to here attention is one launch
-SIMD = 32  # lanes
+REDUCE_THREADS = 128
 MIXED_FROM = 8  # rows of a benchmark, from which on they may be of one prompt
-THREADGROUP_BYTES = 32768  # of memory, the most that Apple's GPUs have
-TABLE_BYTES = 2 * 16 * 4 + 8  # of it, with packed planes: what the codes of keys and of values stand for, the newest ones' scales
-
-# Defaults from like kernels on an H100 and from MLX's, not measured on Apple's hardware.
-# decode: registers of a thread for queries and sums, positions that a lane has at a time, simdgroups, and bytes of threadgroup memory
-# to merge their results, each at most. mixed: rows of the matrices, tiles of 8 of them that a simdgroup has; positions of a tile, for
-# heads of up to `short` elements or longer ones; elements that a simdgroup has at most; threadgroups that share a tile's runs, at most.
-TUNING = {
-    "apple": {
-        "decode": {"registers": 64, "positions": 2, "simdgroups": 8, "merged_bytes": 8192},
-        "mixed": {"matrix_rows": 32, "tiles": 1, "short": 96, "short_positions": 32, "long_positions": 16, "elements": 128, "runs": 8},
-    }
-}
-
-
 @dataclass(frozen=True)
 class Rows:
     """float32 rows of a buffer: offset of the first and row_stride in elements."""
@@ -64,94 +54,16 @@ class Inside:
     traditional: bool = False
 
 
-@dataclass(frozen=True)
-class DecodeGeometry:
-    """Template arguments of attention_decode: query heads of a threadgroup, lanes and positions of a read, simdgroups, heads that their
-    results are merged of at a time."""
-
-    heads: int
-    lanes: int
-    positions: int
-    simdgroups: int
-    merged: int
-
-    def threadgroup_bytes(self, head_dim: int, value_dim: int, element_bytes: int, inside: bool, packed: bool = False) -> int:
-        """Threadgroup memory of the kernel, in bytes. element_bytes: of an unpacked key or value."""
-        merged = self.simdgroups * self.merged * (value_dim + 2) * 4
-        queries = self.heads * head_dim * 4 if inside or packed else 0
-        return merged + queries + ((head_dim + value_dim) * element_bytes if inside else 0) + (TABLE_BYTES if packed else 0)
-
-
-@dataclass(frozen=True)
-class MixedGeometry:
-    """Template arguments of attention_mixed: query heads of a threadgroup, 8-row tiles of a simdgroup, simdgroups, parts that elements
-    are divided in, positions of a tile; and threadgroups that share a tile's runs."""
-
-    heads: int
-    tiles: int
-    simdgroups: int
-    parts: int
-    positions: int
-    runs: int
-
-    @property
-    def rows(self) -> int:
-        """Rows of the step that a threadgroup has."""
-        return self.simdgroups // self.parts * self.tiles * 8 // self.heads
-
-    def threadgroup_bytes(self, head_dim: int, value_dim: int, element_bytes: int, packed: bool = False) -> int:
-        """Threadgroup memory of the kernel, in bytes. element_bytes: of an unpacked key or value."""
-        tile = self.positions * (max(head_dim, value_dim) * element_bytes + 16)
-        partial = self.simdgroups * self.tiles * self.positions * 8 * 4 if self.parts > 1 else 4
-        return tile + partial + self.rows * 5 * 4 + self.positions * 2 * 4 + (TABLE_BYTES if packed else 0)
-
-
-def decode_geometry(group: int, head_dim: int, value_dim: int, device: str = "apple") -> DecodeGeometry:
-    """Geometry for `group` query heads of a kv head: all of them in a threadgroup where the registers suffice."""
-    tuning = TUNING[device]["decode"]
-    options = []
-    for lanes in (8, 16, 32):
-        most = max(1, tuning["registers"] // _registers(head_dim, value_dim, lanes))
-        options.append((-(-group // most), lanes))
-    slices, lanes = min(options)
-    heads, simdgroups = -(-group // slices), tuning["simdgroups"]
-    while simdgroups > 1 and simdgroups * value_dim * 4 > tuning["merged_bytes"]:
-        simdgroups //= 2
-    merged = min(heads, max(1, tuning["merged_bytes"] // (simdgroups * value_dim * 4)))
-    return DecodeGeometry(heads, lanes, tuning["positions"], simdgroups, merged)
-
-
-def _registers(head_dim: int, value_dim: int, lanes: int) -> int:
-    """Of a thread, for one query head's elements and sums."""
-    return 4 * (-(-head_dim // (4 * lanes)) + -(-value_dim // (4 * lanes)))
-
-
-def mixed_geometry(
-    group: int, head_dim: int, value_dim: int, element_bytes: int, device: str = "apple", packed: bool = False
-) -> MixedGeometry:
-    """Geometry for `group` query heads of a kv head. element_bytes: of an unpacked key or value; a tile holds keys, then values, of
-    `positions` positions of one kv head (32 at most) whatever the context.
-
-    Raises: ValueError for heads whose tiles do not fit the threadgroup memory.
-    """
-    tuning = TUNING[device]["mixed"]
-    longest = max(head_dim, value_dim)
-    divisors = [parts for parts in (1, 2, 4) if head_dim % (8 * parts) == 0 and value_dim % (8 * parts) == 0]
-    parts = next((parts for parts in divisors if longest <= tuning["elements"] * parts), divisors[-1])
-    tiles = tuning["tiles"]
-    simdgroups = min(tuning["matrix_rows"] // (8 * tiles) * parts, 8)
-    slices = -(-group // (simdgroups // parts * tiles * 8))
-    positions = tuning["short_positions"] if longest <= tuning["short"] else tuning["long_positions"]
-    while True:
-        geometry = MixedGeometry(-(-group // slices), tiles, simdgroups, parts, positions, tuning["runs"])
-        if geometry.threadgroup_bytes(head_dim, value_dim, element_bytes, packed) <= THREADGROUP_BYTES:
-            return geometry
-        if positions == 8:
-            raise ValueError(
-                f"{OP}: tiles of head_dim {head_dim} and value_dim {value_dim} take more than {THREADGROUP_BYTES} bytes of threadgroup"
-                " memory; use the decode variant, or a cache of float16"
-            )
-        positions //= 2
+def pieces(kind: str, rows: int, context: int, *, kv_heads: int = 8, invariant: bool = False) -> tuple[int, int]:
+    """(splits, split_len) of decode launches of up to `rows` rows whose longest context has `context` positions: powers of two, so that
+    a growing context needs few plans. kv_heads: of the model, as far as it is known. invariant: split_len is the same for all rows and
+    contexts, and so are a row's bits where `launches` is told too."""
+    if kind in attention_tiles.TUNING:
+        return attention_tiles.pieces(kind, rows, context, kv_heads, invariant)
+    splits = 1
+    while splits * SPLIT_LEN < context:
+        splits *= 2
+    return splits, SPLIT_LEN
 
 
 def workspace_bytes(num_q_heads: int, value_dim: int, max_rows: int, splits: int) -> int:
@@ -186,19 +98,26 @@ def launches(
     split_len: int = SPLIT_LEN,
     inside: Inside | None = None,
     workspace: Buffer | None = None,
-    device: str = "apple",
+    kind: str = "apple",
+    invariant: bool = False,
 ) -> list[Launch]:
     """Attend with q (float32 rows of num_q_heads * head_dim elements from `q_offset`, `q_row_stride` elements apart) over the planes.
 
-    variant: "decode" takes each row by itself: a row's result is the same bits in any step. "mixed" takes rows of a sequence that follow
-    one another together. Both take any rows. out: float32 [max_rows, num_q_heads, value_dim].
+    variant: "decode" takes each row by itself: a row's result is the same bits in any step (see invariant). "mixed" takes rows of a
+    sequence that follow one another together. Both take any rows. out: [max_rows, num_q_heads, value_dim] of OUT_DTYPES[variant]; finite
+    results stay finite.
     splits: decode only: pieces of a context at most, split_len visible positions each but the last, which has the rest; their partial
-    results go through `workspace` (workspace_bytes) and a second launch. A row of one piece is the same bits with any number of splits.
+    results go through `workspace` (workspace_bytes) and a second launch. A row of one piece is the same bits with any number of splits,
+    on nvidia where `invariant` says so.
     inside: decode only: q holds raw queries, and the launch norms, rotates and writes to the cache.
     Units: window, split_len and block_size in positions (window 0: all; step.sequences has each sequence's own), q_offset and
     q_row_stride in elements. group: of the layers that share this one's block tables.
     k_codec, v_codec: of the planes; both of one float type, or at least one packed. Planes of floats have the shape that this page begins
     with, packed ones any shape of their bytes: all blocks' codes, then all blocks' scales.
+    kind: of GPU, apple or nvidia. On nvidia caches of float16 or codes go through half tiles (attention_tiles.takes): queries and weights
+    are rounded to half there, pieces are of split_len positions rounded down to a multiple of 16, and begin and end at such; with `inside`
+    the step's arrays and what the cache holds are read before the launch in front has ended.
+    invariant: on nvidia launches with other max_rows or splits give a row the same bits; apple's always do.
     Changes in place: out, workspace, and with `inside` the planes.
     Raises: ValueError for sizes, dtypes or options that do not fit.
     """
@@ -221,8 +140,10 @@ def launches(
         raise ValueError(f"{OP}: window is {window} and max_rows {max_rows}, expected 0 or more and 1 or more")
     if variant not in ("decode", "mixed"):
         raise ValueError(f"{OP}: variant is {variant!r}, expected 'decode' or 'mixed'")
-    if device not in TUNING:
-        raise ValueError(f"{OP}: device is {device!r}, expected {' or '.join(TUNING)}")
+    if kind not in TUNING:
+        raise ValueError(f"{OP}: kind is {kind!r}, expected {' or '.join(TUNING)}")
+    if out.dtype not in OUT_DTYPES[variant]:
+        raise ValueError(f"{OP}: out is {out.dtype}, expected {' or '.join(OUT_DTYPES[variant])} of the {variant} variant")
     _check_plane("k_plane", k_plane, k_codec, num_kv_heads, block_size, "head_dim", head_dim)
     _check_plane("v_plane", v_plane, v_codec, num_kv_heads, block_size, "value_dim", value_dim)
     for name, buffer, elements in (("q", q, q_offset | q_row_stride), ("k_plane", k_plane, 0), ("v_plane", v_plane, 0)):
@@ -264,23 +185,46 @@ def launches(
     packed, heads_of_kv = not (k_codec.is_float and v_codec.is_float), num_q_heads // num_kv_heads
     kv_name, kv_type = _kv_type(k_codec, v_codec)
     dims = f"{head_dim}, {value_dim}"
+    to_half = "_f16" if out.dtype == "float16" else ""
     if variant == "mixed":
-        m = mixed_geometry(heads_of_kv, head_dim, value_dim, 4 if packed or k_codec.name == "float32" else 2, device, packed)
-        name = f"attention_mixed_{kv_name}_d{head_dim}_v{value_dim}_h{m.heads}_r{m.tiles}_s{m.simdgroups}_p{m.parts}_b{m.positions}"
-        arguments = f"{kv_type}, {dims}, {m.heads}, {m.tiles}, {m.simdgroups}, {m.parts}, {m.positions}"
+        prompt = attention_prompt.geometry(kind, k_codec, v_codec, heads_of_kv, head_dim, value_dim, block_size)
+        if prompt is not None:
+            name = f"attention_prompt_{kv_name}_d{head_dim}_v{value_dim}_{prompt.name}{'_capped' if softcap else ''}{to_half}"
+            arguments = f"{kv_type}, {OUT_TYPES[out.dtype]}, {dims}, {str(softcap != 0).lower()}, {prompt.arguments}"
+            code = KernelCode(("attention_prompt",), f"MS_INSTANCE({name}, attention_prompt<{arguments}>)")
+            slices, tiles = -(-heads_of_kv // prompt.heads), -(-max_rows // prompt.rows)
+            grid = (num_kv_heads * slices, tiles, min(prompt.runs, prompt.rows))
+            return [Launch(name, before, constants, grid, (prompt.simdgroups * SIMD, 1, 1), code=code)]
+        m = mixed_geometry(heads_of_kv, head_dim, value_dim, 4 if packed or k_codec.name == "float32" else 2, kind, packed)
+        shape = f"h{m.heads}_r{m.tiles}_s{m.simdgroups}_p{m.parts}_b{m.positions}"
+        name = f"attention_mixed_{kv_name}_d{head_dim}_v{value_dim}_{shape}{to_half}"
+        arguments = f"{kv_type}, {dims}, {m.heads}, {m.tiles}, {m.simdgroups}, {m.parts}, {m.positions}, {OUT_TYPES[out.dtype]}"
         code = KernelCode(("attention_mixed",), f"MS_INSTANCE({name}, attention_mixed<{arguments}>)")
         slices, tiles = -(-heads_of_kv // m.heads), -(-max_rows // m.rows)
         grid = (num_kv_heads * slices, tiles, min(m.runs, m.rows))
         return [Launch(name, before, constants, grid, (m.simdgroups * SIMD, 1, 1), code=code)]
 
-    d = decode_geometry(heads_of_kv, head_dim, value_dim, device)
-    kernel = "attention_decode" if inside is None else "attention_decode_inside"
-    name = f"{kernel}_{kv_name}_d{head_dim}_v{value_dim}_h{d.heads}_l{d.lanes}_u{d.positions}_s{d.simdgroups}_m{d.merged}"
-    arguments = f"{kv_type}, {dims}, {d.heads}, {d.lanes}, {d.positions}, {d.simdgroups}, {d.merged}"
+    tiled = attention_tiles.takes(kind, head_dim, value_dim, block_size, k_codec, v_codec)
+    code_name = "attention_tiles" if tiled else "attention_decode"
+    if tiled:
+        t = attention_tiles.geometry(
+            kind, heads_of_kv, num_kv_heads, value_dim, k_codec, v_codec,
+            rows=max_rows, splits=splits, split_len=split_len, invariant=invariant,
+        )  # fmt: skip
+        heads, simdgroups, shape = t.heads, t.simdgroups, f"h{t.heads}_s{t.simdgroups}_m{t.merged}_t{t.share}"
+        geometry = f"{t.heads}, {t.simdgroups}, {t.merged}, {t.share}"
+    else:
+        d = decode_geometry(heads_of_kv, head_dim, value_dim, kind)
+        heads, simdgroups, shape = d.heads, d.simdgroups, f"h{d.heads}_l{d.lanes}_u{d.positions}_s{d.simdgroups}_m{d.merged}"
+        geometry = f"{d.heads}, {d.lanes}, {d.positions}, {d.simdgroups}, {d.merged}"
+    families, result_type = (code_name, "attention_reduce"), OUT_TYPES[out.dtype]
+    kernel = code_name if inside is None else f"{code_name}_inside"
+    name = f"{kernel}_{kv_name}_d{head_dim}_v{value_dim}_{shape}{to_half}"
+    arguments = f"{kv_type}, {dims}, {geometry}, {result_type}"
     scales = sum(codec.scale_code * factor for codec, factor in ((k_codec, 1), (v_codec, 4)) if codec.is_turbo)
     if inside is not None and scales:
         name, arguments = f"{name}_c{scales}", f"{arguments}, {scales}"
-    code = KernelCode(("attention_decode",), f"MS_INSTANCE({name}, {kernel}<{arguments}>)")
+    code = KernelCode(families, f"MS_INSTANCE({name}, {kernel}<{arguments}>)")
     bindings = [*before, workspace or out]
     if inside is not None:
         weights = [norm.weight if norm is not None else None for norm in (inside.q_norm, inside.k_norm)]
@@ -288,17 +232,16 @@ def launches(
         bindings += [
             step.slot_mappings[group], inside.angles or step.step, inside.k.buffer, inside.v.buffer, *[w or step.step for w in weights],
         ]  # fmt: skip
-    grid = (num_kv_heads * -(-heads_of_kv // d.heads), splits, max_rows)
-    result = [Launch(name, bindings, constants, grid, (d.simdgroups * SIMD, 1, 1), code=code)]
+    grid = (num_kv_heads * -(-heads_of_kv // heads), splits, max_rows)
+    result = [Launch(name, bindings, constants, grid, (simdgroups * SIMD, 1, 1), code=code)]
     if splits > 1:
         assert workspace is not None
-        name, arguments = f"attention_reduce_v{value_dim}", str(value_dim)
-        if v_codec.is_turbo:
-            name, arguments = f"attention_reduce_back_v{value_dim}", f"{value_dim}, true"
-        code = KernelCode(("attention_decode",), f"MS_INSTANCE({name}, attention_reduce<{arguments}>)")
+        back = v_codec.is_turbo
+        name = f"attention_reduce{'_back' if back else ''}{'_tiled' if tiled else ''}_v{value_dim}{to_half}"
+        arguments = f"{value_dim}, {str(back).lower()}, {str(tiled).lower()}, {result_type}"
+        code = KernelCode(families, f"MS_INSTANCE({name}, attention_reduce<{arguments}>)")
         bindings = [step.step, step.positions, step.seq_ids, step.sequences, workspace, given_sinks, out]
-        threads = (-(-value_dim // SIMD) * SIMD, 1, 1)
-        result.append(Launch(name, bindings, constants, (num_q_heads, max_rows, 1), threads, barrier=True, code=code))
+        result.append(Launch(name, bindings, constants, (num_q_heads, max_rows, 1), (REDUCE_THREADS, 1, 1), barrier=True, code=code))
     return result
 
 
@@ -373,7 +316,8 @@ def bench_cases(sizes: BenchSizes) -> list[BenchCase]:
         for variant, sequences, length in kinds:
             seen = rows * length - (rows - sequences) * rows // 2  # positions, of all rows
             read = rows * (sizes.qkv_size + sizes.rope_dims if variant == "decode" else q)
-            nbytes = sequences * length * sizes.position_bytes + (read + rows * q) * ACTIVATION_BYTES
+            written = rows * q * DTYPE_BYTES[OUT_BY_KIND[sizes.kind]]
+            nbytes = sequences * length * sizes.position_bytes + read * ACTIVATION_BYTES + written
             made = functools.partial(_bench_launches, sizes, variant, rows, sequences, length)
             cases.append(BenchCase(OP, variant, rows, length, nbytes, 2 * seen * q, made))
     return list({case.name: case for case in cases}.values())
@@ -381,19 +325,19 @@ def bench_cases(sizes: BenchSizes) -> list[BenchCase]:
 
 def _bench_launches(sizes: BenchSizes, variant: str, rows: int, sequences: int, context: int, inputs: Inputs) -> list[Launch]:
     dim, widths = sizes.head_dim, {"q": sizes.num_q_heads * sizes.head_dim, "k": sizes.num_kv_heads * sizes.head_dim}
-    q, out = inputs.activation("q", (rows, widths["q"])), inputs.activation("out", (rows, sizes.num_q_heads, dim))
-    inside, splits = None, 1
+    q = inputs.activation("q", (rows, widths["q"]))
+    out = inputs.activation("out", (rows, sizes.num_q_heads, dim), OUT_BY_KIND[sizes.kind])
+    inside, (splits, split_len) = None, (1, SPLIT_LEN)
     if variant == "decode":
         q_norm, k_norm = (Norm(inputs.activation(name, (dim,)), EPS) if sizes.head_norms else None for name in ("q_norm", "k_norm"))
         keys, values = (Rows(inputs.activation(name, (rows, widths["k"])), 0, widths["k"]) for name in ("k", "v"))
         inside = Inside(keys, values, q_norm, k_norm, inputs.activation("angles", (rows, sizes.rope_dims)), sizes.rope_dims)
-        while splits * sizes.split_len < context:
-            splits *= 2
+        splits, split_len = pieces(sizes.kind, rows, context, kv_heads=sizes.num_kv_heads)
     nbytes = workspace_bytes(sizes.num_q_heads, dim, rows, splits)
     codec = KVCodec(sizes.kv_dtype)
     return launches(
         q, 0, widths["q"], *sizes.planes(inputs, sequences, context), out, inputs.step(rows, context=context, sequences=sequences),
         num_q_heads=sizes.num_q_heads, num_kv_heads=sizes.num_kv_heads, head_dim=dim, value_dim=dim, block_size=sizes.block_size,
-        k_codec=codec, v_codec=codec, scale=dim**-0.5, max_rows=rows, variant=variant, splits=splits, split_len=sizes.split_len,
-        inside=inside, workspace=inputs.activation("workspace", (nbytes,), "uint8") if nbytes else None,
+        k_codec=codec, v_codec=codec, scale=dim**-0.5, max_rows=rows, variant=variant, splits=splits, split_len=split_len,
+        kind=sizes.kind, inside=inside, workspace=inputs.activation("workspace", (nbytes,), "uint8") if nbytes else None,
     )  # fmt: skip

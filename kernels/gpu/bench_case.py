@@ -36,7 +36,8 @@ class BenchSizes:
     """What cases are made for. rows: of plans; contexts: tokens of a sequence, its new ones included.
 
     norm_rows, max_sampled, split_len: as the engine plans: up to how many rows a linear norms its input, rows that are sampled at most,
-    positions of a piece of a context. kv_dtype: "float32", "float16" or "bfloat16". Scales, biases and dense weights are bfloat16.
+    positions of a piece of a context. kv_dtype: "float32", "float16" or "bfloat16". Scales, biases and dense weights are bfloat16. kind: of
+    the GPU, "apple" or "nvidia".
     """
 
     hidden_size: int
@@ -56,6 +57,7 @@ class BenchSizes:
     norm_rows: int
     max_sampled: int
     split_len: int
+    kind: str = "apple"
 
     @property
     def qkv_size(self) -> int:

@@ -1,35 +1,36 @@
 """Linear on GPUs: epilogue(x · Wᵀ) for one or several weights that read the same x, one generated kernel per set of formats.
 
-Three variants by how many rows a plan holds: a matvec reads each weight once for up to four rows; two shapes of tiles multiply 8x8
-matrices. Sizes, offsets and strides are parameters: layers that differ in them alone share a kernel.
+What multiplies is a choice of linear_tuning's tables: a matvec reads each weight once for up to four rows; tiles multiply 8x8 matrices,
+in float or in half precision. Sizes, offsets and strides are parameters: layers that differ in them alone share a kernel.
+
+Accuracy: sums are float32 in all of them, and matvecs and float tiles take x and weights as float32. Half tiles round each element of x
+(normed, where they norm) and each weight to float16: a result differs from the exact one by at most 2^-11 * sum(|x| (2 |w| + m)) and what
+float32 sums lose, where m is the sum of the magnitudes of what w is made from (scale times code, bias; of floats and dense weights |w|).
+Below 2^-14 float16 loses digits: 2^-25 of an element of x, of a scale or of a weight. A finite x, and a finite result that is stored as
+float16, stays within its ±65504.
 """
 from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metalstep.kernels import params
+from metalstep.kernels.gpu import linear_tuning
 from metalstep.kernels.gpu.bench_case import ACTIVATION_BYTES, EPS, BenchCase, BenchSizes, Inputs
-from metalstep.kernels.gpu.linear_text import (
-    SIMD_WIDTH,
-    TYPES,
-    Format,
-    Kernel,
-    Path,
-    accesses_of,
-    epilogue_of,
-    row_stride,
-)
-from metalstep.kernels.gpu.linear_tuning import TUNING, Matvec, Tiles, Tuning, geometry
+from metalstep.kernels.gpu.linear_half_text import HalfKernel
+from metalstep.kernels.gpu.linear_matvec_text import MatvecKernel
+from metalstep.kernels.gpu.linear_text import TYPES, Format, Kernel, Path, accesses_of, epilogue_of, row_stride
+from metalstep.kernels.gpu.linear_tiles_text import TilesKernel
+from metalstep.kernels.gpu.linear_tuning import SIMD_WIDTH, HalfTiles, Matvec, Shape, Tuning
 from metalstep.kernels.launch import Buffer, KernelCode, Launch
 from metalstep.kernels.linear import FLOATS, Input, Norm, PackedWeight, Segment, first_buffer_slot
 from metalstep.kernels.program import Program
 from metalstep.kernels.step import StepBuffers
 
-MATVEC_ROWS = 4  # rows of x that a matvec multiplies at a time
 ELEMENT_BYTES = {"float": 4, "half": 2, "bfloat": 2}
+X_BYTES = {"float32": 4, "float16": 2}
 
 
 def launches(
@@ -42,20 +43,39 @@ def launches(
     *,
     invariant: bool = False,
     kind: str = "apple",
+    planes: int = 1,
+    shape: Shape | None = None,
 ) -> list[Launch]:
     """One launch for all segments.
 
-    x: float32 rows of a buffer, normed first with x.norm. buffers: what slots from `first_buffer_slot` on name, for the epilogues;
-    they load and store any ms_dtype. rows: ms_rows; max_rows: as many as a step of the plan has at most. kind: of device, in TUNING.
-    invariant: a row's result has the same bits in any batch and any plan (else: in any batch of plans with the same variant).
+    x: float32 or float16 rows of a buffer, normed first with x.norm. buffers: what slots from `first_buffer_slot` on name, for the
+    epilogues; they load and store any ms_dtype. rows: ms_rows; max_rows: as many as a step of the plan has at most. kind: of device, as
+    linear_tuning has tables. invariant: a row's result has the same bits in any batch and any plan (else: in any batch of plans with the
+    same shape). planes: parts of k, whose sums are left to others to add up: each segment's epilogue is then one STORE of its float32
+    product, and plane p of row r goes to row p * max_rows + r. shape: instead of the table's.
     Raises: ValueError for weights of one launch whose k differ, of one segment whose n differ, or in a format or place that no
-    kernel reads; NotImplementedError for a prologue, an instruction that is not elementwise, or more buffers than Metal binds.
+    kernel reads, and for planes with another epilogue or of a shape that has none; NotImplementedError for a prologue, an instruction
+    that is not elementwise, or more buffers than Metal binds.
     """
     k = _check(x, segments)
     outputs = sum(weight.n for segment in segments for weight in segment.weights)
-    shape = geometry(outputs, max_rows, invariant=invariant, kind=kind)
-    paths = _paths(segments, shape, TUNING[kind])
-    kernel = Kernel(x, segments, step, buffers, rows, shape, min(max_rows, MATVEC_ROWS), paths)
+    if shape is None:
+        bits = max(weight.bits for segment in segments for weight in segment.weights)
+        shape = linear_tuning.geometry(kind, outputs, k, max_rows, bits, invariant=invariant)
+    paths = _paths(segments, shape, linear_tuning.table(kind))
+    given = (x, segments, step, buffers, rows, max_rows, paths)
+    saturate = kind != "apple"
+    kernel: Kernel
+    if isinstance(shape, HalfTiles):
+        if planes > 1:
+            _check_planes(segments)
+        kernel = HalfKernel(shape, k, *given, planes=planes, saturate=saturate)
+    elif planes > 1:
+        raise ValueError(f"linear: {planes} planes of {shape}; only half tiles leave them")
+    elif isinstance(shape, Matvec):
+        kernel = MatvecKernel(shape, *given, saturate=saturate)
+    else:
+        kernel = TilesKernel(shape, *given, saturate=saturate)
     text = kernel.text()
     # A digest of the text names the kernel: equal texts are one kernel, whatever they were made from.
     name = f"{kernel.family}_{hashlib.blake2b(text.encode(), digest_size=8).hexdigest()}"
@@ -82,7 +102,7 @@ def launches(
             name,
             kernel.bindings.buffers,
             b"".join([head, *packed, *accesses]),
-            grid=(tiles, -(-max_rows // kernel.tile_rows), 1),
+            grid=(tiles, kernel.grid_rows, planes),
             threads=(kernel.threads, 1, 1),
             code=KernelCode((kernel.family,), text.replace("KERNEL_NAME", name)),
         )
@@ -103,15 +123,28 @@ def _check(x: Input, segments: Sequence[Segment]) -> int:
     for segment in segments:
         if len({weight.n for weight in segment.weights}) != 1:
             raise ValueError(f"linear: weights of one segment have n = {[w.n for w in segment.weights]}; they must agree")
-    for what, buffer in (("x", x.buffer), ("the norm's weight", x.norm.weight if x.norm else None)):
-        if buffer is not None and (buffer.dtype != "float32" or buffer.offset % 4):
-            raise ValueError(f"linear: {what} is {buffer.dtype} at byte {buffer.offset}, expected float32 at a multiple of 4")
+    if x.buffer.dtype not in X_BYTES or x.buffer.offset % X_BYTES[x.buffer.dtype]:
+        raise ValueError(
+            f"linear: x is {x.buffer.dtype} at byte {x.buffer.offset}, expected float32 at a multiple of 4, or float16 at one of 2"
+        )
+    norm = x.norm.weight if x.norm else None
+    if norm is not None and (norm.dtype != "float32" or norm.offset % 4):
+        raise ValueError(f"linear: the norm's weight is {norm.dtype} at byte {norm.offset}, expected float32 at a multiple of 4")
     return k
 
 
-def _format(weight: PackedWeight, choices: dict[int, Sequence[int]], lanes: int) -> Format:
-    """lanes: that read side by side along k. The more values each has, the wider are the reads, and the fewer lanes have work: of the
-    choices the widest that leaves none idle, or else the widest of which there is enough for all."""
+def _check_planes(segments: Sequence[Segment]) -> None:
+    for segment in segments:
+        only = segment.epilogue.instructions
+        if len(segment.weights) != 1 or len(only) != 1 or only[0]["op"] != params.MS_OP_STORE or only[0].get("dtype", 0) != 0:
+            raise ValueError("linear: an epilogue of a linear with planes is one STORE of its product as float32, and nothing else")
+
+
+def weight_format(weight: PackedWeight, choices: Mapping[int, Sequence[int]], lanes: int) -> Format:
+    """How a kernel reads a weight. choices: by bits, the values that a lane may read at once. lanes: that read side by side along k; 0:
+    the most values, whatever is idle. The more values each has, the wider are the reads, and the fewer lanes have work: of the choices
+    the widest that leaves none idle, or else the widest of which there is enough for all.
+    """
     dense = weight.bits >= 16
     known = weight.dtype in (params.MS_FLOAT32, params.MS_FLOAT16, params.MS_BFLOAT16)
     floats = (weight.bits, weight.group_size, weight.dtype) in FLOATS.values()
@@ -152,6 +185,8 @@ def _floats_format(weight: PackedWeight, choices: Sequence[int], lanes: int) -> 
 
 
 def _values(k: int, choices: Sequence[int], lanes: int) -> int:
+    if not lanes:
+        return choices[0]
     return next((v for v in choices if k % (v * lanes) == 0), next((v for v in choices if v * lanes <= k), choices[-1]))
 
 
@@ -166,15 +201,23 @@ def _require_place(buffer: Buffer, size: int, what: str) -> None:
         raise ValueError(f"linear: a weight's {what} start at byte {buffer.offset} of their buffer, expected a multiple of {size}")
 
 
-def _paths(segments: Sequence[Segment], shape: Matvec | Tiles, tuning: Tuning) -> list[Path]:
-    choices = tuning.matvec_values if isinstance(shape, Matvec) else tuning.tile_values
-    lanes = shape.splits * (SIMD_WIDTH if isinstance(shape, Matvec) else 4)
+def _paths(segments: Sequence[Segment], shape: Shape, tuning: Tuning) -> list[Path]:
+    choices, lanes = _values_of(shape, tuning)
     paths: dict[tuple[Any, ...], Path] = {}
     for number, segment in enumerate(segments):
-        formats = tuple(_format(weight, choices, lanes) for weight in segment.weights)
+        formats = tuple(weight_format(weight, choices, lanes) for weight in segment.weights)
         epilogue = epilogue_of(segment)
         paths.setdefault((formats, epilogue), Path(formats, epilogue, [])).segments.append(number)
     return list(paths.values())
+
+
+def _values_of(shape: Shape, tuning: Tuning) -> tuple[Mapping[int, Sequence[int]], int]:
+    """By bits, the values that a lane may read at once, and how many lanes share k."""
+    if isinstance(shape, Matvec):
+        return tuning.matvec_values, shape.splits * SIMD_WIDTH
+    if isinstance(shape, HalfTiles):  # as the shape says, whatever k is: a row's sums have one order
+        return {bits: [v for v in values if v <= 8 * shape.words] or values[-1:] for bits, values in tuning.tile_values.items()}, 0
+    return tuning.tile_values, shape.splits * 4
 
 
 def bench_cases(sizes: BenchSizes) -> list[BenchCase]:
@@ -196,13 +239,19 @@ def bench_cases(sizes: BenchSizes) -> list[BenchCase]:
 
 
 def _bench_launches(sizes: BenchSizes, name: str, outputs: list[int], k: int, rows: int, inputs: Inputs) -> list[Launch]:
+    halves = sizes.kind == "nvidia"
+    within = sizes.norm_rows if sizes.kind == "apple" else linear_tuning.norm_rows(sizes.kind, k)
     norm = None
-    if name in ("qkv", "gate_up", "head") and rows <= sizes.norm_rows:
+    if name in ("qkv", "gate_up", "head") and rows <= within:
         norm = Norm(inputs.activation(f"norm {k}", (k,)), EPS)
-    x = Input(inputs.activation("x", (rows, k)), 0, k, norm=norm)
+    x_dtype = "float16" if halves and norm is None else "float32"
+    x = Input(inputs.activation(f"x {x_dtype}", (rows, k), x_dtype), 0, k, norm=norm)
     weights = [sizes.packed(inputs, n, k) for n in outputs]
     grouped = [weights] if name == "gate_up" else [[weight] for weight in weights]
-    buffers = [inputs.activation(f"out {i}", (rows, group[0].n)) for i, group in enumerate(grouped)]
+    adds = name in ("o", "down")
+    planes = linear_tuning.planes(sizes.kind, outputs[0], k, rows, max(w.bits for w in weights)) if adds else 1
+    dtype = "float16" if halves and name == "gate_up" else "float32"
+    buffers = [inputs.activation(f"out {i} {dtype}", (planes * rows, group[0].n), dtype) for i, group in enumerate(grouped)]
     slot, segments = first_buffer_slot(grouped), []
     for i, group in enumerate(grouped):
         program, n = Program(epilogue=True), group[0].n
@@ -213,12 +262,12 @@ def _bench_launches(sizes: BenchSizes, name: str, outputs: list[int], k: int, ro
             program.emit(params.MS_OP_SIGMOID, sigmoid, products[0], n=n)
             program.emit(params.MS_OP_MUL, silu, products[0], sigmoid, n=n)
             program.emit(params.MS_OP_MUL, result, silu, products[1], n=n)
-        if name in ("o", "down"):
+        if adds and planes == 1:
             residual, result = program.load(slot + 1, n, rows=params.MS_ROW_SELF, row_stride=n), program.register(n)
             program.emit(params.MS_OP_ADD, result, residual, products[0], n=n)
             buffers.append(inputs.activation("residual", (rows, n)))
-        program.store(result, slot + i, row_stride=n)
+        program.store(result, slot + i, row_stride=n, dtype=params.MS_FLOAT16 if dtype == "float16" else params.MS_FLOAT32)
         segments.append(Segment(group, program))
-    if name == "head":
-        return launches(x, segments, inputs.step(rows, sampling={}), buffers, params.MS_ROWS_SAMPLED, rows)
-    return launches(x, segments, inputs.step(rows), buffers, params.MS_ROWS_TOKENS, rows)
+    step = inputs.step(rows, sampling={}) if name == "head" else inputs.step(rows)
+    which = params.MS_ROWS_SAMPLED if name == "head" else params.MS_ROWS_TOKENS
+    return launches(x, segments, step, buffers, which, rows, kind=sizes.kind, planes=planes)

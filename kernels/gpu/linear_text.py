@@ -1,21 +1,22 @@
-"""The text of the GPU linear's kernels: what metal/linear_matvec.metal and metal/linear_matmul.metal have, put together for the formats,
-segments and epilogues of a launch."""
+"""The text of the GPU linear's kernels: what metal/linear_*.metal have, put together for the formats, segments and epilogues of a launch.
+
+Here is what all of them share; linear_matvec_text.py, linear_tiles_text.py and linear_half_text.py have a kind of kernel each.
+"""
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from metalstep.kernels import params
 from metalstep.kernels.gpu.expressions import arity, expression, literal
-from metalstep.kernels.gpu.linear_tuning import Matvec, Tiles
+from metalstep.kernels.gpu.linear_tuning import THREADGROUP_BYTES
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.linear import Input, Segment, first_buffer_slot
 from metalstep.kernels.step import StepBuffers
 
-SIMD_WIDTH = 32
 MAX_SLOTS = 31  # buffers of one Metal kernel, its constants included
-THREADGROUP_BYTES = 32768
 TYPES = {params.MS_FLOAT32: "float", params.MS_FLOAT16: "half", params.MS_BFLOAT16: "bfloat", params.MS_INT32: "int"}
 
 
@@ -64,7 +65,7 @@ class Path:
         return list(groups.items())
 
 
-class _Bindings:
+class Bindings:
     """The buffers of a kernel in the order of their first use, each with the type that it is read as."""
 
     def __init__(self) -> None:
@@ -72,9 +73,10 @@ class _Bindings:
         self._index: dict[tuple[int, int, str], int] = {}
         self._types: list[str] = []
         self._written: set[int] = set()
+        self._changing: set[int] = set()
 
-    def name(self, buffer: Buffer, type_name: str, *, written: bool = False) -> str:
-        """The kernel's parameter for `buffer`."""
+    def name(self, buffer: Buffer, type_name: str, *, written: bool = False, weight: bool = False) -> str:
+        """The kernel's parameter for `buffer`. weight: no launch writes it."""
         key = (buffer.handle, buffer.offset, type_name)
         if key not in self._index:
             self._index[key] = len(self.buffers)
@@ -82,7 +84,14 @@ class _Bindings:
             self._types.append(type_name)
         if written:
             self._written.add(self._index[key])
+        if not weight:
+            self._changing.add(self._index[key])
         return f"b{self._index[key]}"
+
+    def wait(self) -> list[str]:
+        """Statements that let the launch in front end, before anything but weights is read."""
+        first, *others = sorted(self._changing)
+        return [f"    MS_WAIT_PREVIOUS(b{first});", *(f"    b{i} = ms_waited(b{i});" for i in others), "    MS_LAUNCH_NEXT;"]
 
     def parameters(self) -> str:
         """Their declarations, and that of the constants behind them."""
@@ -148,8 +157,12 @@ def epilogue_of(segment: Segment) -> Epilogue:
     return Epilogue(tuple(early), tuple(steps))
 
 
-class Kernel:
-    """The text of one kernel, and how it is launched."""
+class Kernel(ABC):
+    """The text of one kernel, and how it is launched. tile_rows: rows of x per threadgroup; threads: of one."""
+
+    family: str
+    tile_rows: int
+    threads: int
 
     def __init__(
         self,
@@ -158,82 +171,58 @@ class Kernel:
         step: StepBuffers,
         buffers: Sequence[Buffer],
         rows: int,
-        shape: Matvec | Tiles,
-        batch: int,
+        max_rows: int,
         paths: Sequence[Path],
+        *,
+        planes: int = 1,
+        saturate: bool = False,
     ):
+        """saturate: what is finite stays finite when it is stored as float16."""
         self.x, self.segments, self.step, self.buffers = x, segments, step, buffers
-        self.rows, self.shape, self.paths = rows, shape, paths
+        self.rows, self.max_rows, self.paths, self.planes, self.saturate = rows, max_rows, paths, planes, saturate
         self.first_slot = first_buffer_slot([segment.weights for segment in segments])
-        self.bindings = _Bindings()
-        self.is_matvec = isinstance(shape, Matvec)
-        self.family = "linear_matvec" if self.is_matvec else "linear_matmul"
-        self.tile_rows = batch if isinstance(shape, Matvec) else shape.rows
-        self.threads = SIMD_WIDTH * (shape.simdgroups if isinstance(shape, Matvec) else shape.columns * shape.splits)
-        planes = [x.buffer, x.norm.weight if x.norm else None]
-        aligned = all(b is None or b.offset % 16 == 0 for b in planes) and x.offset % 4 == 0
-        self.x_align = 4 if aligned and (x.row_stride % 4 == 0 or x.rows == params.MS_ROW_SAME) else 1
+        self.bindings = Bindings()
+        self.x_align = self._x_align()
 
+    @property
+    def grid_rows(self) -> int:
+        """Threadgroups along the rows."""
+        return -(-self.max_rows // self.tile_rows)
+
+    @abstractmethod
     def part_rows(self, path: Path) -> int:
         """Rows of each part of a segment that a simdgroup has (in strips of 8 for tiles)."""
-        rows = self.shape.rows if isinstance(self.shape, Matvec) else self.shape.strips
-        return max(1, rows // len(path.formats))
 
+    @abstractmethod
     def tile_columns(self, path: Path) -> int:
         """Outputs of a threadgroup per row of x."""
-        if isinstance(self.shape, Matvec):
-            return self.shape.simdgroups // self.shape.splits * self.part_rows(path)
-        return self.shape.columns * self.part_rows(path) * 8
 
-    def shared_floats(self) -> int:
-        """float32 elements of threadgroup memory that all paths share, by turns."""
-        if isinstance(self.shape, Matvec):
-            return self.shape.simdgroups * self._slot()
-        shape = self.shape
-        staged = shape.rows * (32 * shape.splits + 4)
-        sums = [shape.splits * len(p.formats) * self.tile_columns(p) * (shape.rows + 1) for p in self.paths]
-        return max(staged, *sums)
+    @abstractmethod
+    def shared_bytes(self) -> int:
+        """Threadgroup memory."""
 
-    def _slot(self) -> int:
-        """float32 elements of a simdgroup's sums in a matvec: of products, then of squares."""
-        return self.tile_rows * (1 + max(len(p.formats) * self.part_rows(p) for p in self.paths))
+    @abstractmethod
+    def _body(self) -> list[str]:
+        """Statements behind the choice of segment and tile."""
 
     def text(self) -> str:
         """The kernel under the name KERNEL_NAME. Raises: NotImplementedError for more parts than threadgroup memory holds."""
-        norms = self.x.norm is not None and not self.is_matvec
-        nbytes = 4 * (self.shared_floats() + (self.tile_rows if norms else 0))
-        if nbytes > THREADGROUP_BYTES:
+        if self.shared_bytes() > THREADGROUP_BYTES:
             raise NotImplementedError(
-                f"linear: a segment of {max(len(p.formats) for p in self.paths)} weights takes {nbytes} bytes of threadgroup memory,"
-                f" at most {THREADGROUP_BYTES} are there; put its weights into segments of their own"
+                f"linear: a segment of {max(len(p.formats) for p in self.paths)} weights takes {self.shared_bytes()} bytes of threadgroup"
+                f" memory, at most {THREADGROUP_BYTES} are there; put its weights into segments of their own"
             )
-        step = self.bindings.name(self.step.step, "MSStep")
-        count = "num_sampled" if self.rows == params.MS_ROWS_SAMPLED else "num_tokens"
         body = [
-            f"  threadgroup float shared[{self.shared_floats()}];",
-            *([f"  threadgroup float scales[{self.tile_rows}];"] if norms else []),
             "  constant MSGpuLinearSegment* segments = (constant MSGpuLinearSegment*)(p + 1);",
             f"  constant MSGpuLinearAccess* accesses = (constant MSGpuLinearAccess*)(segments + {len(self.segments)});",
-            f"  const uint rows = {step}->{count};",
             f"  const uint row0 = tg.y * {self.tile_rows};",
-            "  if (row0 >= rows) return;",
             "  uint segment = 0;",
             *(f"  if (tg.x >= segments[{i}].first_tile) segment = {i};" for i in range(1, len(self.segments))),
             "  const uint n = segments[segment].n;",
             "  const uint tile = tg.x - segments[segment].first_tile;",
             "  constant MSGpuLinearAccess* access = accesses + segments[segment].first_access;",
-            *self._input(),
+            *self._body(),
         ]
-        first = 0
-        for number, path in enumerate(self.paths):
-            if len(self.paths) > 1:
-                last = number == len(self.paths) - 1
-                condition = "" if last else f"if (segment < {first + len(path.segments)}) "
-                body.append(f"  {'} else ' if number else ''}{condition}{{")
-            body += self._matvec(path, first) if self.is_matvec else self._matmul(path, first)
-            first += len(path.segments)
-        if len(self.paths) > 1:
-            body.append("  }")
         head = [
             f"[[kernel, max_total_threads_per_threadgroup({self.threads})]] void KERNEL_NAME(",
             self.bindings.parameters(),
@@ -244,48 +233,66 @@ class Kernel:
         ]
         return "\n".join([*head, *body, "}"])
 
+    def _rows(self) -> list[str]:
+        """Declares `rows`; leaves where the tile has none."""
+        step = self.bindings.name(self.step.step, "MSStep")
+        count = "num_sampled" if self.rows == params.MS_ROWS_SAMPLED else "num_tokens"
+        return [f"  const uint rows = {step}->{count};", "  if (row0 >= rows) return;"]
+
+    def _x_align(self) -> int:
+        """Elements at a multiple of which every row of x and the norm's weight start: as many as 16 bytes hold, fewer, or 1."""
+        assert self.x.buffer is not None
+        size = 2 if self.x.buffer.dtype == "float16" else 4
+        places = [(self.x.buffer.offset, size), (self.x.offset * size, size)]
+        if self.x.rows != params.MS_ROW_SAME:
+            places.append((self.x.row_stride * size, size))
+        if self.x.norm and self.x.norm.weight:
+            places.append((self.x.norm.weight.offset, 4))
+        choices = (8, 4) if size == 2 else (4,)
+        return next((align for align in choices if all(at % (align * size) == 0 for at, size in places)), 1)
+
     def _sampled(self) -> str:
         return self.bindings.name(self.step.sampled_rows, "int")
 
-    def _input(self) -> list[str]:
-        assert self.x.buffer is not None
-        x = self.bindings.name(self.x.buffer, "float")
-        sampled = self.x.rows == params.MS_ROW_SAMPLED
-        norm = [f"  x.norm = {self.bindings.name(self.x.norm.weight, 'float')};"] if self.x.norm and self.x.norm.weight else []
-        if self.is_matvec:
-            row = f"uint({self._sampled()}[row])" if sampled else "row"
-            return [
-                f"  ms_matvec_x<{self.tile_rows}> x;",
-                f"  MS_UNROLL for (int b = 0; b < {self.tile_rows}; b++) {{",
-                "    const uint row = min(row0 + uint(b), rows - 1);",
-                f"    x.row[b] = {x} + p->x_offset + ulong({row}) * p->x_row_stride;",
-                "  }",
-                *(norm or ["  x.norm = x.row[0];"]),
-            ]
-        lines = [
-            "  ms_matmul_x x;",
-            f"  x.x = {x} + p->x_offset;",
-            *([f"  x.sampled = {self._sampled()};"] if sampled else []),
-            *norm,
-            "  x.stride = p->x_row_stride;",
-            "  x.first = row0;",
-            "  x.last = rows - 1;",
-        ]
-        if self.x.norm is not None:
-            arguments = f"{self.tile_rows}, {self.threads // SIMD_WIDTH}, {self.x_align}, {_bool(sampled)}"
-            lines.append(f"  ms_row_scales<{arguments}>(scales, x, p->k, p->eps, sg, lane);")
-        return lines
+    def _norm_weight(self) -> str | None:
+        weight = self.x.norm.weight if self.x.norm else None
+        return self.bindings.name(weight, "float", weight=True) if weight else None
 
-    def _weights(self, path: Path, first: int, fmt: Format, parts: list[int]) -> list[str]:
-        """Declares `w` with the parts' weights of the segment at hand."""
+    def _x(self) -> str:
+        assert self.x.buffer is not None
+        return self.bindings.name(self.x.buffer, self._x_type())
+
+    def _x_type(self) -> str:
+        assert self.x.buffer is not None
+        return "half" if self.x.buffer.dtype == "float16" else "float"
+
+    def _by_path(self) -> list[str]:
+        """The code of each path, for its segments."""
+        body: list[str] = []
+        first = 0
+        for number, path in enumerate(self.paths):
+            if len(self.paths) > 1:
+                last = number == len(self.paths) - 1
+                condition = "" if last else f"if (segment < {first + len(path.segments)}) "
+                body.append(f"  {'} else ' if number else ''}{condition}{{")
+            body += self._path(path, first)
+            first += len(path.segments)
+        return [*body, "  }"] if len(self.paths) > 1 else body
+
+    @abstractmethod
+    def _path(self, path: Path, first: int) -> list[str]:
+        """The code for segments of `path`, of which the first is the launch's `first`th."""
+
+    def _weights(self, path: Path, first: int, fmt: Format, parts: list[int], name: str = "w") -> list[str]:
+        """Declares `name` with the parts' weights of the segment at hand."""
         fields = ("words", "scales", "biases")[: len(fmt.members)] if len(fmt.members) > 1 else ("elements",)
-        lines = [f"      ms_parts<{fmt.text}, {len(parts)}> w;"]
+        lines = [f"      ms_parts<{fmt.text}, {len(parts)}> {name};"]
         for place, part in enumerate(parts):
             weights = [self.segments[index].weights[part] for index in path.segments]
             for field, member in zip(fields, fmt.members, strict=True):
                 planes = [getattr(weight, "buffer" if field in ("words", "elements") else field) for weight in weights]
-                names = [self.bindings.name(plane, member) for plane in planes]
-                lines.append(f"      w.part[{place}].{field} = {_choose(names, first)};")
+                names = [self.bindings.name(plane, member, weight=True) for plane in planes]
+                lines.append(f"      {name}.part[{place}].{field} = {choose(names, first)};")
         return lines
 
     def _place(self, path: Path, first: int, access: Access) -> str:
@@ -294,11 +301,22 @@ class Kernel:
         for index in path.segments:
             instruction = list(accesses_of(self.segments[index]))[access.index]
             names.append(self.bindings.name(self._buffer(instruction["slot"]), access.type, written=access.store))
-        pointer = _choose(names, first)
+        pointer = choose(names, first)
         row = f"uint({self._sampled()}[row])" if access.rows == params.MS_ROW_SAMPLED else "row"
-        term = "" if access.rows == params.MS_ROW_SAME else f" + ulong({row}) * access[{access.index}].row_stride"
+        if self.planes > 1:
+            row = f"(tg.z * {self.max_rows} + {row})"
+        term = "" if access.rows == params.MS_ROW_SAME else f" + ulong({row}) * stride{access.index}"
         pointer = f"({pointer})" if " " in pointer else pointer
-        return f"{pointer}[access[{access.index}].offset{term} + column]"
+        return f"{pointer}[offset{access.index}{term} + column]"
+
+    def _accesses(self, path: Path) -> list[str]:
+        """Declares where the path's accesses begin and how far their rows are apart: read once, whatever is stored between."""
+        lines = []
+        for access in [*path.epilogue.early, *(step for step in path.epilogue.steps if isinstance(step, Access))]:
+            lines.append(f"    const uint offset{access.index} = access[{access.index}].offset;")
+            if access.rows != params.MS_ROW_SAME:
+                lines.append(f"    const uint stride{access.index} = access[{access.index}].row_stride;")
+        return lines
 
     def _buffer(self, slot: int) -> Buffer:
         if slot < params.MS_SLOT_FIRST:
@@ -313,101 +331,17 @@ class Kernel:
         if isinstance(step, str):
             return step
         place = self._place(path, first, step)
-        return f"{place} = {step.type}({step.register});" if step.store else f"{step.register} = float({place});"
-
-    def _matvec(self, path: Path, first: int) -> list[str]:
-        assert isinstance(self.shape, Matvec)
-        batch, splits, r, slot = self.tile_rows, self.shape.splits, self.part_rows(path), self._slot()
-        has_weight = self.x.norm is not None and self.x.norm.weight is not None
-        lines = [
-            f"    const uint column0 = tile * {self.tile_columns(path)} + sg / {splits} * {r};",
-            f"    const uint column = column0 + lane / {batch};",
-            f"    const uint row = row0 + lane % {batch};",
-            f"    const bool stores = sg % {splits} == 0 && lane < {r * batch} && column < n && row < rows;",
-            f"    threadgroup float* mine = shared + sg * {slot};",
-        ]
-        for access in path.epilogue.early:  # on their way while the products are computed
-            lines += [f"    float {access.register} = 0.0f;", f"    if (stores) {self._statement(path, first, access)}"]
-        places: dict[int, int] = {}
-        for number, (fmt, parts) in enumerate(path.groups()):
-            squares = self.x.norm is not None and number == 0
-            begin = len(places)
-            places |= {part: begin + i for i, part in enumerate(parts)}
-            arguments = f"{fmt.values}, {self.x_align}, {_bool(fmt.whole)}, {_bool(squares)}, {_bool(has_weight)}"
-            lines += [
-                "    {",
-                *self._weights(path, first, fmt, parts),
-                f"      ms_matvec_sums<{len(parts)}, {r}, {batch}> sums;",
-                f"      ms_matvec<{arguments}>(",
-                f"          sums, x, w, column0, n, p->k, (sg % {splits} * 32 + lane) * {fmt.values}, {splits * 32 * fmt.values});",
-                f"      ms_share<{_bool(squares)}>(mine + {begin * r * batch}, mine + {slot - batch}, sums, lane);",
-                "    }",
-            ]
-        lines += [
-            f"    {'threadgroup' if splits > 1 else 'simdgroup'}_barrier(mem_flags::mem_threadgroup);",
-            "    if (stores) {",
-        ]
-        scale = ""
-        if self.x.norm is not None:
-            squares_sum = f"ms_collect<{splits}>(mine + {slot - batch} + lane % {batch}, {slot})"
-            lines.append(f"      const float scale = precise::rsqrt({squares_sum} / float(p->k) + p->eps);")
-            scale = " * scale"
-        for part in range(len(path.formats)):
-            lines.append(f"      float r{part} = ms_collect<{splits}>(mine + {places[part] * r * batch} + lane, {slot}){scale};")
-        return [*lines, *(f"      {self._statement(path, first, step)}" for step in path.epilogue.steps), "    }"]
-
-    def _matmul(self, path: Path, first: int) -> list[str]:
-        assert isinstance(self.shape, Tiles)
-        shape, strips, columns = self.shape, self.part_rows(path), self.tile_columns(path)
-        tiles, ld = shape.rows // 8, shape.rows + 1
-        sampled, has_weight = self.x.rows == params.MS_ROW_SAMPLED, self.x.norm is not None and self.x.norm.weight is not None
-        lines = [f"    const uint column0 = tile * {columns};"]
-        shares: list[str] = []
-        places: dict[int, int] = {}
-        for number, (fmt, parts) in enumerate(path.groups()):
-            begin = len(places)
-            places |= {part: begin + i for i, part in enumerate(parts)}
-            arguments = (
-                f"{fmt.values}, {shape.splits}, {self.threads}, {self.x_align}, {_bool(sampled)}, {_bool(has_weight)},"
-                f" {len(parts)}, {strips}, {tiles}"
-            )
-            lines += [
-                f"    ms_sums<{len(parts) * strips}, {tiles}> sums{number};",
-                f"    ms_clear(sums{number});",
-                "    {",
-                *self._weights(path, first, fmt, parts),
-                f"      ms_matmul<{arguments}>(",
-                f"          sums{number}, shared, x, w, column0 + sg % {shape.columns} * {strips * 8}, n, p->k,"
-                f" sg / {shape.columns}, tid, lane);",
-                "    }",
-            ]
-            at = f"(sg / {shape.columns} * {len(path.formats)} + {begin}) * {columns * ld} + sg % {shape.columns} * {strips * 8 * ld}"
-            shares.append(f"    ms_share<{len(parts)}, {strips}, {tiles}>(shared + {at}, {columns * ld}, sums{number}, lane);")
-        barrier = "    threadgroup_barrier(mem_flags::mem_threadgroup);"
-        lines += [
-            barrier,
-            *shares,
-            barrier,
-            f"    for (uint i = tid; i < {shape.rows * columns}; i += {self.threads}) {{",
-            f"      const uint column = column0 + i % {columns};",
-            f"      const uint row = row0 + i / {columns};",
-            "      if (column >= n || row >= rows) continue;",
-            f"      const threadgroup float* from = shared + i % {columns} * {ld} + i / {columns};",
-        ]
-        scale = f" * scales[i / {columns}]" if self.x.norm is not None else ""
-        for part in range(len(path.formats)):
-            stride = len(path.formats) * columns * ld
-            lines.append(f"      float r{part} = ms_collect<{shape.splits}>(from + {places[part] * columns * ld}, {stride}){scale};")
-        for access in path.epilogue.early:
-            lines.append(f"      float {self._statement(path, first, access)}")
-        return [*lines, *(f"      {self._statement(path, first, step)}" for step in path.epilogue.steps), "    }"]
+        if not step.store:
+            return f"{step.register} = float({place});"
+        value = f"ms_within_half({step.register})" if self.saturate and step.type == "half" else step.register
+        return f"{place} = {step.type}({value});"
 
 
-def _bool(value: bool) -> str:
+def boolean(value: bool) -> str:
     return "true" if value else "false"
 
 
-def _choose(names: Sequence[str], first: int) -> str:
+def choose(names: Sequence[str], first: int) -> str:
     """The name of the segment at hand, of segments `first`, first + 1, … in the launch's order."""
     if len(set(names)) == 1:
         return names[0]

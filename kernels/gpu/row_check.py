@@ -87,6 +87,8 @@ def _buffer(i: Any, bindings: int) -> str | None:
         return f"rows {i.rows} is unknown"
     if i.op == params.MS_OP_STORE and i.rows == params.MS_ROW_SAME:
         return "every row would store to the same place"
+    if i.op == params.MS_OP_LOAD and i.dims[0] > 1 and i.dims[1] < i.n:
+        return f"{i.dims[0]} planes of {i.n} elements, each {i.dims[1]} behind the one before"
     if i.slot == params.MS_SLOT_STEP or (i.op == params.MS_OP_STORE and i.slot < params.MS_SLOT_FIRST):
         return f"slot {i.slot} is the step's own"
     return _slot(i.slot, bindings)

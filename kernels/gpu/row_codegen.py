@@ -11,8 +11,8 @@ import numpy as np
 from metalstep.kernels import params
 from metalstep.kernels.gpu.expressions import literal
 from metalstep.kernels.gpu.row_homes import homes, per_thread
-from metalstep.kernels.gpu.row_nests import LANES, Aliases, Nest, Pass, longest_vector
-from metalstep.kernels.gpu.row_steps import RowSteps, Touch
+from metalstep.kernels.gpu.row_nests import LANES, Aliases, Domain, Nest, Pass, longest_vector
+from metalstep.kernels.gpu.row_steps import TYPES, RowSteps, Touch
 from metalstep.kernels.gpu.row_values import Op, Value
 
 BARRIERS = {
@@ -55,14 +55,28 @@ def clash(a: Touch, b: Touch, aliases: Aliases) -> bool:
 class RowKernel(RowSteps):
     """Writes the kernel of `nests` for threadgroups of `threads`."""
 
-    def __init__(self, nests: list[Nest], threads: int, rows: int, bindings: int, aliases: Aliases):
+    def __init__(
+        self,
+        nests: list[Nest],
+        threads: int,
+        rows: int,
+        bindings: int,
+        aliases: Aliases,
+        aligned: frozenset[int] = frozenset(),
+        nvidia: bool = False,
+    ):
+        """aligned: slots whose buffers begin at a multiple of 16 bytes. nvidia: the kernel begins before the launch in front of it has
+        ended, and reads its weights meanwhile; STOREs of float16 saturate."""
         totals = sum(1 for nest in nests for each in nest.passes if each.total and self._is_wide(nest))
-        self._partials = totals * threads // LANES
+        self._groups = 1  # simdgroups, and their places for a total, of which the last ones may be nobody's
+        while self._groups * LANES < threads:
+            self._groups *= 2
+        self._partials = totals * self._groups
         encodes = [(each.encode, nest.domain) for nest in nests for each in nest.passes if each.encode is not None]
         vector = longest_vector([op for op, _ in encodes])
         simdgroups = [min(d.first + d.spans, d.groups or threads // LANES) for _, d in encodes if d is not None]
         self._vectors = max(simdgroups, default=0) * vector
-        super().__init__(homes(nests, threads, self._partials + self._vectors, aliases), vector)
+        super().__init__(homes(nests, threads, self._partials + self._vectors, aliases, nvidia), vector, aligned, nvidia)
         self._threads, self._rows, self._scratch_slot, self._aliases = threads, rows, bindings, aliases
         self._pending: list[Touch] = []  # what nobody has waited for yet
         self._total = 0
@@ -77,6 +91,7 @@ class RowKernel(RowSteps):
         """The whole text; the kernel's name holds the hash of all else."""
         body = "\n".join(self._lines)
         count = {params.MS_ROWS_TOKENS: "num_tokens", params.MS_ROWS_SAMPLED: "num_sampled"}[self._rows]
+        weights, first = self._weights_first(), self._rows_first()
         arguments = ["constant MSStep& step [[buffer(0)]]"]
         for slot in sorted(self._slots):
             kind, written = self._slots[slot]
@@ -100,12 +115,18 @@ class RowKernel(RowSteps):
             head.append(f"  threadgroup float partial[{self._partials}];")
         if self._vectors:
             head.append(f"  threadgroup float vectors[{self._vectors}];")
-        head.append(f"  if (row >= step.{count}) return;")
+        step = "step"
+        if weights:
+            names = [self._slot_name(slot) for slot in sorted(self._slots)] + (["scratch_rows"] if self._homes.scratch else [])
+            head += [*weights, f"  MS_WAIT_PREVIOUS({names[0]});", *(f"  {name} = ms_waited({name});" for name in names[1:])]
+            head += ["  constant MSStep& now = ms_waited(step);", "  MS_LAUNCH_NEXT;"]
+            step = "now"
+        head.append(f"  if (row >= {step}.{count}) return;")
         if self._homes.scratch:
             head.append(f"  device float* scratch = scratch_rows + ulong(row) * {self._homes.scratch};")
         if "sampled" in self._needed:
             head.append("  const uint sampled_row = uint(sampled_rows[row]);")
-        head += [f"  {declaration}" for _, declaration in self._pointers.values()]
+        head += [*(f"  {declaration}" for _, declaration in self._pointers.values()), *first]
         text = "\n".join(
             [
                 *self._tables,
@@ -119,6 +140,55 @@ class RowKernel(RowSteps):
         )
         name = "row_program_" + hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
         return Kernel(name, text.replace("@", name), self._threads, self._homes.scratch, np.array(self._scales, np.uint32).tobytes())
+
+    def _weights_first(self) -> list[str]:
+        """Reads of what no other launch writes."""
+        lines = []
+        for (value, offset), d in sorted(self._homes.weights.items(), key=lambda item: (item[0][0].number, item[0][1])):
+            instr, count = value.load, per_thread(d)
+            name, at = self._held(value, offset), instr.offset + offset
+            kind, pointer = TYPES[instr.dtype], self._slot(instr.slot, TYPES[instr.dtype], False) + (f" + {at}" if at else "")
+            wide = d.run > 1 and instr.slot in self._aligned and at % d.run == 0 and instr.dtype != params.MS_INT32
+            lines.append(f"  float {name}{f'[{count}]' if count > 1 else ''};")
+            for k in range(0, count, d.run):
+                start = f"{k // d.run * d.unit} + tid" if k else "tid"
+                start = f"({start}) * {d.run}" if d.run > 1 else start
+                if wide:  # threads behind the last element read that again
+                    vector = f"{name}_{k}"
+                    place = f"min({start}, {d.width - d.run}u)"
+                    lines.append(f"  const {kind}{d.run} {vector} = *(device const {kind}{d.run}*)({pointer} + {place});")
+                for e in range(d.run):
+                    read = f"{vector}[{e}]" if wide else f"({pointer})[min({start}{f' + {e}' if e else ''}, {d.width - 1}u)]"
+                    lines.append(f"  {name}{f'[{k + e}]' if count > 1 else ''} = float({read});")
+        return lines
+
+    def _rows_first(self) -> list[str]:
+        """Reads of rows, all before the first wait for one of them."""
+        lines = []
+        for (value, offset), d in sorted(self._homes.first.items(), key=lambda item: (item[0][0].number, item[0][1])):
+            instr, count, name = value.load, per_thread(d), self._held(value, offset)
+            span, first = ("sg", "lane") if d.unit == LANES else (f"tid / {d.unit}", f"tid % {d.unit}") if d.spans > 1 else ("0", "tid")
+            lines.append(f"  float {name}{f'[{count}]' if count > 1 else ''};")
+            self._run = d.run
+            if self._is_wide_access(instr, offset):
+                self._wide_loads = {}
+                self._wide_loaded(instr, offset)
+                ((vector, text),) = self._wide_loads.values()
+                for k in range(0, count, d.run):
+                    start = f"({k // d.run * d.unit} + tid) * {d.run}" if k else f"tid * {d.run}"
+                    lines += ["  {", f"    const uint start = min({start}, {d.width - d.run}u);", f"    {text}"]
+                    lines += [f"    {name}[{k + e}] = {vector}[{e}];" for e in range(d.run)] + ["  }"]
+                continue
+            for k in range(count):
+                j = f"({k // d.run * d.unit} + {first}) * {d.run} + {k % d.run}" if d.run > 1 else f"{k * d.unit} + {first}" if k else first
+                beyond = count * d.unit > d.width or (first == "tid" and d.unit < self._threads)
+                index = f"min({j}, {d.width - 1}u)" if beyond else j
+                if d.spans > 1:
+                    span_of = f"min({span}, {d.spans - 1}u)" if d.spans * d.unit < self._threads else span
+                    index = f"{span_of} * {d.width} + {index}"
+                index = f"{offset} + {index}" if offset else index
+                lines.append(f"  {name}{f'[{k}]' if count > 1 else ''} = {self._loaded(instr, index)};")
+        return lines
 
     # ---- nests --------------------------------------------------------------------------------------------------------
     def _write_nest(self, nest: Nest) -> None:
@@ -190,6 +260,8 @@ class RowKernel(RowSteps):
             op, stage = each.total
             operation = self._operation(op, stage)
             self._line(f"{operation}::number {self._accumulator(op, stage)} = {operation}::none();")
+        self._run, self._wide_loads, self._wide_stores = d.run, {}, []
+        self._mixed = self._out_of_order(each)
         first = "lane" if not self._wide else "tid" if d.spans == 1 else "first"
         spans = d.spans > 1
         place = "j" if spans else "i"
@@ -213,7 +285,9 @@ class RowKernel(RowSteps):
                 self._element(read)
         if spans and not any(re.search(r"\bi\b", line) for line in self._lines[element:]):
             del self._lines[element - 1]
-        if self._unrolled and self._count > 1:
+        if d.run > 1:
+            self._write_runs(head, d)
+        elif self._unrolled and self._count > 1:
             self._lines[head] = self._lines[head].replace("@loop", f"MS_UNROLL for (uint k = 0; k < {self._count}; k++) {{")
             whole = self._count * d.unit == d.width
             indent = self._lines[head + 1][: -len("@place")]
@@ -239,6 +313,42 @@ class RowKernel(RowSteps):
             flags = BARRIERS[touched or frozenset({"shared"})]
             self._lines[wait] = self._lines[wait].replace("@wait", f"simdgroup_barrier({flags});")
 
+    def _write_runs(self, head: int, d: Domain) -> None:
+        """The loop of the pass at hand, whose body is what follows line `head`: over runs, then over the elements of one."""
+        body = [f"  {line}" for line in self._lines[head + 2 :]]
+        indent = "  " * (self._depth - 1)
+        text = "\n".join(body)
+        runs = self._count // d.run
+        start = f"(c * {d.unit} + tid) * {d.run}" if runs > 1 else f"tid * {d.run}"
+        lines = [f"MS_UNROLL for (uint c = 0; c < {runs}; c++) {{"] if runs > 1 else [f"if (tid * {d.run} < {d.width}) {{"]
+        lines += [f"  const uint start = {start};"]
+        if runs > 1 and self._count * d.unit != d.width:
+            lines += [f"  if (start >= {d.width}) continue;"]
+        lines += [f"  {line}" for _, line in self._wide_loads.values()] + [f"  {line}" for line in self._wide_stores[::2]]
+        lines += [f"  MS_UNROLL for (uint e = 0; e < {d.run}; e++) {{"]
+        if re.search(r"\bk\b", text):
+            lines += [f"    const uint k = {f'c * {d.run} + ' if runs > 1 else ''}e;"]
+        if re.search(r"\bi\b", text):
+            lines += ["    const uint i = start + e;"]
+        self._lines[head:] = [indent + line for line in lines] + body + [f"{indent}  }}"]
+        self._lines += [f"{indent}  {line}" for line in self._wide_stores[1::2]]
+
+    def _out_of_order(self, each: Pass) -> set[int]:
+        """Slots of which a thread reads or writes elements that it has written before in this pass."""
+        accessed: list[tuple[int, bool]] = []
+        for op, _ in each.steps:
+            accessed += [(read.value.load.slot, False) for read in op.reads() if read.value is not None and read.value.lazy]
+            if op.kind in ("store", "load"):
+                accessed.append((op.instr.slot, op.kind == "store"))
+        accessed += [(read.value.load.slot, False) for read in self._homes.early.get(self._nest, []) if read.value is not None]
+        return {
+            slot
+            for at, (written, writes) in enumerate(accessed)
+            for other, _ in accessed[at + 1 :]
+            if writes and self._aliases.same(written, other)
+            for slot in (written, other)
+        }
+
     def _write_total(self, op: Op, stage: int) -> None:
         d = self._nest.domain
         assert d is not None
@@ -246,7 +356,7 @@ class RowKernel(RowSteps):
         if self._wide:
             groups = d.unit // LANES
             first = "0" if d.spans == 1 else f"sg / {groups} * {groups}"
-            at = self._total * (self._threads // LANES)
+            at = self._total * self._groups
             partial = f"partial + {at}" if at else "partial"
             self._line(f"{name} = ms_span_total<{operation}>({name}, {partial}, {first}, {groups}, sg, lane);")
             self._total += 1

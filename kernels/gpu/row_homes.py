@@ -4,17 +4,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from metalstep.kernels import params
 from metalstep.kernels.gpu.row_nests import LANES, STAGES, Aliases, Domain, Nest, aligned_operands
-from metalstep.kernels.gpu.row_values import Op, Read, Value
+from metalstep.kernels.gpu.row_values import Op, Read, Value, planes_of
 
 SHARED_BYTES = 32768  # threadgroup memory of every Metal device
 HELD = 8  # elements of a value that a thread keeps in registers
+FIRST = 32  # elements of all values that a thread reads before it does anything
 EARLY = 4  # elements of a LOAD that a thread reads before the barrier behind which it needs them: the wait hides the read
 
 
 def per_thread(d: Domain) -> int:
     """Elements of a span that each of its threads has."""
-    return -(-d.width // d.unit)
+    return d.run * -(-d.width // (d.run * d.unit))
 
 
 def rounds(d: Domain, threads: int) -> int:
@@ -55,9 +57,12 @@ class Place:
 @dataclass
 class Homes:
     """held: (value, offset, nest) of which each thread keeps its elements; nest None: in all. early: those of them that the nest's first
-    pass reads for the later ones. memory: by root."""
+    pass reads for the later ones. weights, first: those that the kernel reads before anything else, before and after it waits for the
+    launch in front of it, with the domain that divides them. memory: by root."""
 
     early: dict[Nest, list[Read]] = field(default_factory=dict)
+    weights: dict[tuple[Value, int], Domain] = field(default_factory=dict)
+    first: dict[tuple[Value, int], Domain] = field(default_factory=dict)
     held: set[tuple[Value, int, Nest | None]] = field(default_factory=set)
     memory: dict[Value, Place] = field(default_factory=dict)
     shared: int = 0  # elements
@@ -71,8 +76,9 @@ class _Life:
     uses: list[tuple[int, int, bool, int]] = field(default_factory=list)  # nest, pass, aligned, offset
 
 
-def homes(nests: list[Nest], threads: int, reserved: int, aliases: Aliases) -> Homes:
-    """reserved: elements of the threadgroup's memory that totals take."""
+def homes(nests: list[Nest], threads: int, reserved: int, aliases: Aliases, reads_first: bool = False) -> Homes:
+    """reserved: elements of the threadgroup's memory that totals take. reads_first: LOADs are read together as far as registers go; what is
+    the same for every row is no launch's result and is read even before the kernel waits for one."""
     result = Homes()
     lives: dict[Value, _Life] = {}
     lazy: dict[tuple[Value, int, int], set[int]] = {}
@@ -98,6 +104,13 @@ def homes(nests: list[Nest], threads: int, reserved: int, aliases: Aliases) -> H
         d = nests[at].domain
         assert d is not None
         nest = nests[at]
+        is_weight = d.unit > LANES and d.spans == 1 and per_thread(d) <= HELD and _is_weight(value, nests, aliases)
+        is_row = d.unit >= LANES and not d.groups and not d.first and per_thread(d) <= EARLY and rounds(d, threads) == 1
+        is_row = is_row and sum(map(per_thread, result.first.values())) + per_thread(d) <= FIRST and _is_only_read(value, nests, aliases)
+        group = result.weights if is_weight else result.first if is_row else None
+        if reads_first and group is not None and group.setdefault((value, offset), d) == d:
+            result.held.add((value, offset, None))
+            continue
         if len(steps) > 1 and per_thread(d) <= HELD:
             result.held.add((value, offset, nest))
         elif d.unit > LANES and min(steps) > 0 and per_thread(d) <= min(EARLY, HELD) and not _is_written(value.load.slot, nest, aliases):
@@ -124,6 +137,16 @@ def homes(nests: list[Nest], threads: int, reserved: int, aliases: Aliases) -> H
             in_memory.add(value)
     _allocate(result, lives, in_memory, reserved)
     return result
+
+
+def _is_weight(value: Value, nests: list[Nest], aliases: Aliases) -> bool:
+    """Whether a LOAD's elements are the same for every row, and nothing in the program changes them."""
+    same = value.load.rows == params.MS_ROW_SAME and planes_of(value.load) == 1
+    return same and _is_only_read(value, nests, aliases)
+
+
+def _is_only_read(value: Value, nests: list[Nest], aliases: Aliases) -> bool:
+    return not any(_is_written(value.load.slot, nest, aliases) for nest in nests)
 
 
 def _is_written(slot: int, nest: Nest, aliases: Aliases) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from metalstep.kernels.gpu.row_values import Op, Read, Value, embedding_slots, places
+from metalstep.kernels.gpu.row_values import Op, Read, Value, embedding_slots, layout_of, places
 
 LANES = 32  # of a simdgroup
 
@@ -22,18 +22,22 @@ ENCODES = CACHE_WRITES[2:]
 
 class Domain(NamedTuple):
     """`spans` spans of `width` elements, each for `unit` threads. unit 1: one thread alone, in order. groups: how many simdgroups have
-    spans, 0: all of them; first: the one with the first span."""
+    spans, 0: all of them; first: the one with the first span. run: elements side by side that a thread has at a time."""
 
     width: int
     spans: int
     unit: int
     groups: int = 0
     first: int = 0
+    run: int = 1
 
 
-def domain(n: int, width: int, threads: int) -> Domain:
-    """Spans for whole simdgroups: one each, or a power of two when there are more simdgroups than spans and elements enough."""
+def domain(n: int, width: int, threads: int, run: int = 1) -> Domain:
+    """Spans for whole simdgroups: one each, or a power of two when there are more simdgroups than spans and elements enough. A single span
+    is for all threads where these have runs of elements, of which each then has at least one."""
     spans, unit = n // width, LANES
+    if run > 1 and spans == 1 and threads > LANES and width > threads and width % run == 0:
+        return Domain(width, 1, threads, run=run)
     while spans * unit * 2 <= threads and unit < width:
         unit *= 2
     return Domain(width, spans, unit)
@@ -88,7 +92,7 @@ class Aliases:
 
 def buffer_key(instr: Any, offset: int = 0) -> tuple[Any, ...]:
     """Which element of the buffer an index of a LOAD or STORE is."""
-    return instr.rows, instr.row_stride, instr.dtype, instr.offset + offset, instr.n
+    return instr.rows, instr.row_stride, layout_of(instr), instr.offset + offset, instr.n
 
 
 def conflict(a: Access, b: Access, aliases: Aliases, ordered: bool = False) -> bool:
@@ -189,10 +193,11 @@ def hold_early(ops: list[Op], aliases: Aliases) -> None:
 class Fuser:
     """Puts ops, in order, into as few nests as their barriers allow."""
 
-    def __init__(self, threads: int, aliases: Aliases, vector: int = 0):
-        """vector: elements of the longest one that is encoded."""
+    def __init__(self, threads: int, aliases: Aliases, vector: int = 0, run: int = 1):
+        """vector: elements of the longest one that is encoded. run: see Domain."""
         self.nests: list[Nest] = []
         self._threads = threads
+        self._run = run
         self._vector = vector
         self._aliases = aliases
         self._nest_of: dict[Value, Nest] = {}
@@ -220,7 +225,7 @@ class Fuser:
 
     def finish(self) -> list[Nest]:
         for nest in self.nests:
-            nest.domain = nest.domain or domain(nest.n, nest.n, self._threads)
+            nest.domain = nest.domain or domain(nest.n, nest.n, self._threads, self._run)
             while nest.passes and not nest.passes[-1].steps:
                 nest.passes.pop()
         return self.nests
@@ -228,7 +233,7 @@ class Fuser:
     def _spans(self, op: Op) -> Domain:
         """Where op sums up or encodes spans of its elements."""
         if op.kind not in ENCODES:
-            return domain(op.n, op.width, self._threads)
+            return domain(op.n, op.width, self._threads, self._run)
         spans, there, groups = op.n // op.width, self._threads // LANES, VECTORS // self._vector
         x = op.operands[0]
         if op.kind == "encode_values" and 2 * spans <= min(there, groups) and x is not None and x.value is not None and x.value.lazy:
@@ -272,7 +277,7 @@ class Fuser:
         if not clashes:
             return True
         # A rotation reads elements of its own head: those of its own simdgroup, where that has the whole head.
-        spans = domain(op.n, op.instr.inner, self._threads) if op.kind == "rope" else None
+        spans = domain(op.n, op.instr.inner, self._threads, self._run) if op.kind == "rope" else None
         if spans is None or spans.unit != LANES or (nest.domain is not None and nest.domain != spans):
             return False
         operand = op.operands[0]
@@ -290,10 +295,10 @@ class Fuser:
         return True
 
 
-def fused(ops: list[Op], threads: int, aliases: Aliases) -> list[Nest]:
-    """The nests of `ops`."""
+def fused(ops: list[Op], threads: int, aliases: Aliases, run: int = 1) -> list[Nest]:
+    """The nests of `ops`. run: see Domain."""
     hold_early(ops, aliases)
-    fuser = Fuser(threads, aliases, longest_vector(ops))
+    fuser = Fuser(threads, aliases, longest_vector(ops), run)
     for op in ops:
         fuser.add(op)
     return fuser.finish()

@@ -13,7 +13,7 @@ from metalstep.kernels import params, turboquant
 from metalstep.kernels.gpu.expressions import expression, literal
 from metalstep.kernels.gpu.row_homes import Homes, Place
 from metalstep.kernels.gpu.row_nests import Nest, Pass, scatter_places
-from metalstep.kernels.gpu.row_values import ELEMENTWISE, Op, Read, Value, embedding_slots
+from metalstep.kernels.gpu.row_values import ELEMENTWISE, Op, Read, Value, embedding_slots, layout_of, planes_of
 from metalstep.kernels.linear import FLOATS
 
 TYPES = {params.MS_FLOAT32: "float", params.MS_FLOAT16: "half", params.MS_BFLOAT16: "bfloat", params.MS_INT32: "int"}
@@ -52,10 +52,17 @@ class RowSteps:
     _filled: set[tuple[Value, int]]  # LOADs that the nest's threads hold by now
     _unrolled: bool  # whether the pass at hand uses elements that threads hold
 
-    def __init__(self, homes: Homes, vector: int):
-        """vector: elements of each simdgroup's memory for vectors that are encoded."""
+    def __init__(self, homes: Homes, vector: int, aligned: frozenset[int], saturates: bool):
+        """vector: elements of each simdgroup's memory for vectors that are encoded. aligned: slots whose first element may be that of a
+        vector. saturates: a STORE of float16 does, as far as numbers are finite."""
         self._homes = homes
         self._vector = vector
+        self._aligned = aligned
+        self._saturates = saturates
+        self._run = 1  # see Domain: of the pass at hand; 1 too where its elements are no vectors
+        self._wide_loads: dict[tuple[Any, ...], tuple[str, str]] = {}  # of the run at hand: name, text
+        self._wide_stores: list[str] = []
+        self._mixed: set[int] = set()  # slots that the pass at hand accesses in an order that vectors would change
         self._scales: list[int] = []  # words before the scales of the planes that are encoded into
         self._lines: list[str] = []
         self._depth = 1
@@ -99,13 +106,42 @@ class RowSteps:
 
     def _store(self, op: Op, stage: int) -> None:
         instr = op.instr
-        value = self._converted(self._element(op.operands[0]), instr.dtype)
-        self._line(f"{self._pointer(instr, True)}[i] = {value};")
+        value = self._element(op.operands[0])
+        saturates = self._saturates and instr.dtype == params.MS_FLOAT16
+        value = f"ms_to_half({value})" if saturates else self._converted(value, instr.dtype)
+        pointer = self._pointer(instr, True)
+        if self._is_wide_access(instr, 0):
+            kind, name = f"{TYPES[instr.dtype]}{self._run}", f"s{op.number}"
+            self._wide_stores += [f"{kind} {name};", f"*(device {kind}*)({pointer} + start) = {name};"]
+            self._line(f"{name}[e] = {value};")
+        else:
+            self._line(f"{pointer}[i] = {value};")
         self._touch(instr.slot, instr.offset, instr.offset + instr.n, True, (self._nest.domain, *self._address(instr)))
 
     @staticmethod
     def _address(instr: Any, offset: int = 0) -> tuple[Any, ...]:
-        return instr.slot, instr.rows, instr.row_stride, instr.dtype, instr.offset + offset
+        return instr.slot, instr.rows, instr.row_stride, layout_of(instr), instr.offset + offset
+
+    def _is_wide_access(self, instr: Any, offset: int) -> bool:
+        """Whether the elements of a run are a vector of the buffer that a LOAD or STORE names."""
+        strides = [0 if instr.rows == params.MS_ROW_SAME else instr.row_stride, instr.offset + offset]
+        strides += [instr.dims[1]] if planes_of(instr) > 1 else []
+        floats = instr.dtype in (params.MS_FLOAT32, params.MS_FLOAT16)
+        there = instr.slot in self._aligned and instr.slot not in self._mixed
+        return self._run > 1 and floats and there and all(stride % self._run == 0 for stride in strides)
+
+    def _wide_loaded(self, instr: Any, offset: int) -> str:
+        """This index's element of a LOAD whose run is read at once."""
+        key = (*self._address(instr), offset)
+        if key not in self._wide_loads:
+            kind, first = f"{TYPES[instr.dtype]}{self._run}", f"{offset} + start" if offset else "start"
+            pointer = self._pointer(instr, False)
+            places = [first, *(f"{at * instr.dims[1]} + {first}" for at in range(1, planes_of(instr)))]
+            vectors = [f"*(device const {kind}*)({pointer} + {place})" for place in places]
+            vectors = vectors if instr.dtype == params.MS_FLOAT32 else [f"float{self._run}({vector})" for vector in vectors]
+            name = self._new("run")
+            self._wide_loads[key] = name, f"const float{self._run} {name} = {' + '.join(vectors)};"
+        return f"{self._wide_loads[key][0]}[e]"
 
     @staticmethod
     def _converted(value: str, dtype: int) -> str:
@@ -342,12 +378,18 @@ class RowSteps:
             return self._locals[key]
         d, value, offset = self._nest.domain, *key
         nest = next((n for n in (self._nest, None) if (*key, n) in self._homes.held), False)
+        there = key in self._filled or d in (self._homes.weights.get(key), self._homes.first.get(key))
+        if value.lazy and nest is None and not there:
+            nest = False  # held as another nest divides it
         index = f"{offset} + i" if offset else "i"
-        if nest is not False and (not value.lazy or key in self._filled):
+        if nest is not False and (not value.lazy or there):
             self._unrolled = True
             name = f"{self._held(*key)}{self._at_k}"
         else:
-            text = self._loaded(value.load, index) if value.lazy else self._memory(value, index, None, 0)
+            if value.lazy and self._is_wide_access(value.load, offset):
+                text = self._wide_loaded(value.load, offset)
+            else:
+                text = self._loaded(value.load, index) if value.lazy else self._memory(value, index, None, 0)
             if value.lazy:
                 at = value.load.offset + offset
                 self._touch(value.load.slot, at, at + self._nest.n, False, (d, *self._address(value.load, offset)))
@@ -425,8 +467,10 @@ class RowSteps:
         return self._base(instr.slot, TYPES[instr.dtype], " + ".join(terms), "", written)
 
     def _loaded(self, instr: Any, index: str) -> str:
-        element = f"{self._pointer(instr, False)}[{index}]"
-        return element if instr.dtype == params.MS_FLOAT32 else f"float({element})"
+        pointer = self._pointer(instr, False)
+        places = [index, *(f"{at * instr.dims[1]} + {index}" for at in range(1, planes_of(instr)))]
+        elements = [f"{pointer}[{place}]" if instr.dtype == params.MS_FLOAT32 else f"float({pointer}[{place}])" for place in places]
+        return elements[0] if len(elements) == 1 else f"({' + '.join(elements)})"
 
     def _base(self, slot: int, kind: str, offset: str, name: str, written: bool = False) -> str:
         """A pointer of the kernel's, declared once."""

@@ -129,6 +129,17 @@ def places(instr: Any) -> np.ndarray:
     return index.ravel()
 
 
+def planes_of(instr: Any) -> int:
+    """How many planes of a buffer a LOAD adds up."""
+    return max(instr.dims[0], 1) if instr.op == params.MS_OP_LOAD else 1
+
+
+def layout_of(instr: Any) -> tuple[int, ...]:
+    """What the elements of a LOAD's or STORE's buffer are: those of two are the same only where this is."""
+    planes = planes_of(instr)
+    return (instr.dtype, planes, instr.dims[1]) if planes > 1 else (instr.dtype,)
+
+
 def embedding_slots(instr: Any) -> list[int]:
     """The buffers that an EMBEDDING reads: the caller's own rows, the table, and scales and biases if that is packed."""
     planes = 0 if instr.dims[0] >= 16 else 1 if tuple(instr.dims)[:3] in FLOATS.values() else 2

@@ -1,8 +1,10 @@
-"""sample on a GPU: one launch processes all rows by parts, the second ends each row. What they compute: kernels/sample.py."""
+"""sample on a GPU: one launch processes all rows by parts, one weighs the tokens of rows that draw from a nucleus, the last ends each
+row. What they compute: kernels/sample.py."""
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from metalstep.kernels import params
 from metalstep.kernels.gpu.bench_case import BenchCase, BenchSizes, Inputs
@@ -10,10 +12,28 @@ from metalstep.kernels.launch import Buffer, KernelCode, Launch
 from metalstep.kernels.step import StepBuffers
 
 BLOCK = 512  # tokens of a simdgroup in the first launch: MS_BLOCK_TOKENS
+DEPTH_BINS = 1024  # MS_DEPTH_BINS
 MAX_TOP = 256  # far below MS_LIST_TOKENS
-# Per device, by the largest vocabulary that a line is for: simdgroups of the first launch's threadgroups (each has 512 tokens), and of
-# the second's, which has a threadgroup per row. Defaults from an H100; no Mac has measured them.
-TUNING: Mapping[str, tuple[tuple[int, int, int], ...]] = {"apple": ((512, 1, 2), (8192, 4, 4), (2**31 - 1, 8, 16))}
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A line of a table, for vocabularies of up to `vocab` tokens and plans of up to `rows` rows. process, weigh: simdgroups of the first
+    launches' threadgroups (each has 512 tokens); finish: of the last one's, which has a threadgroup per row."""
+
+    vocab: int
+    rows: int
+    process: int
+    weigh: int
+    finish: int
+
+
+ANY = 2**31 - 1
+# By kind of device, the first line that fits. A row's logprob depends on `process` in its last digit: it is the same for all rows.
+TABLES: Mapping[str, tuple[Tuning, ...]] = {
+    "apple": (Tuning(512, ANY, 1, 1, 2), Tuning(8192, ANY, 4, 4, 4), Tuning(ANY, ANY, 8, 8, 16)),  # no Mac has measured them
+    "nvidia": (Tuning(512, ANY, 1, 1, 2), Tuning(8192, ANY, 4, 4, 4), Tuning(ANY, 8, 8, 8, 16), Tuning(ANY, ANY, 8, 32, 16)),  # of an H100
+}
 
 
 def launches(
@@ -26,11 +46,12 @@ def launches(
     history_stride: int,
     workspace: Buffer,
     rows: int | None = None,
+    kind: str = "apple",
 ) -> list[Launch]:
-    """As kernels/sample.py, in two launches. rows: that a step samples at most; None: max_rows. workspace: workspace_bytes(vocab_size,
-    rows), with anything in it.
+    """As kernels/sample.py, in three launches. rows: that a step samples at most; None: max_rows. workspace: workspace_bytes(vocab_size,
+    rows), with anything in it. kind: of device, in TABLES.
 
-    The second launch has `barrier` set; the first needs it wherever the logits are written before.
+    All launches but the first have `barrier` set; that needs it wherever the logits are written before.
     Raises: ValueError for sizes that the kernels cannot have, or a workspace that is too small.
     """
     if not 1 <= vocab_size < 2**31:
@@ -42,58 +63,75 @@ def launches(
     rows = max_rows if rows is None else rows
     if not 1 <= rows <= max_rows:
         raise ValueError(f"sample: rows is {rows}, expected 1 to {max_rows} (max_rows)")
-    needed = workspace_bytes(vocab_size, rows)
+    needed = workspace_bytes(vocab_size, rows, kind)
     if workspace.nbytes < needed:
         raise ValueError(f"sample: the workspace has {workspace.nbytes} bytes, expected {needed}; see workspace_bytes")
     constants = params.pack(
         "MSSampleParams", vocab_size=vocab_size, max_rows=max_rows, max_top=max_top, history_stride=history_stride
     )
-    first, second = _tuning(vocab_size)
-    part = first * BLOCK
-    process, finish = f"sample_process_{first}", f"sample_finish_{second}_{part}"
-    given = [step.positions, step.sampled_rows, step.biases]
+    tuning = _tuning(vocab_size, rows, kind)
+    part, weighed = tuning.process * BLOCK, tuning.weigh * BLOCK
+    process, weigh = f"sample_process_{tuning.process}", f"sample_weigh_{tuning.weigh}_{part}"
+    finish = f"sample_finish_{tuning.finish}_{part}"
+    where = [step.positions, step.sampled_rows]
     return [
         Launch(
             process,
-            [step.step, logits, step.sampling, *given, step.masks, step.history, step.counts, workspace],
+            [step.step, logits, step.sampling, *where, step.biases, step.masks, step.history, step.counts, workspace],
             constants,
             grid=(-(-vocab_size // part), rows, 1),
-            threads=(first * 32, 1, 1),
-            code=KernelCode(("sample",), f"MS_INSTANCE({process}, sample_process<{first}>)"),
+            threads=(tuning.process * 32, 1, 1),
+            code=KernelCode(("sample",), f"MS_INSTANCE({process}, sample_process<{tuning.process}>)"),
+        ),
+        Launch(
+            weigh,
+            [step.step, logits, step.sampling, *where, workspace],
+            constants,
+            grid=(-(-vocab_size // weighed), rows, 1),
+            threads=(tuning.weigh * 32, 1, 1),
+            barrier=True,
+            code=KernelCode(("sample",), f"MS_INSTANCE({weigh}, sample_weigh<{tuning.weigh}, {part}>)"),
         ),
         Launch(
             finish,
-            [step.step, logits, step.sampling, step.sampled, step.top, *given, step.history, step.counts, workspace],
+            [step.step, logits, step.sampling, step.sampled, step.top, *where, step.biases, step.history, step.counts, workspace],
             constants,
             grid=(rows, 1, 1),
-            threads=(second * 32, 1, 1),
+            threads=(tuning.finish * 32, 1, 1),
             barrier=True,
-            code=KernelCode(("sample",), f"MS_INSTANCE({finish}, sample_finish<{second}, {part}>)"),
+            code=KernelCode(("sample",), f"MS_INSTANCE({finish}, sample_finish<{tuning.finish}, {part}>)"),
         ),
     ]
 
 
-def workspace_bytes(vocab_size: int, rows: int) -> int:
-    """What the first launch leaves for the second, for so many rows: ms_row_workspace."""
-    parts, blocks = -(-vocab_size // (_tuning(vocab_size)[0] * BLOCK)), -(-vocab_size // BLOCK)
-    return 4 * rows * (10 * parts + 64 * blocks + vocab_size + vocab_size % 2)
+def workspace_bytes(vocab_size: int, rows: int, kind: str = "apple") -> int:
+    """What launches leave for those behind them, for so many rows: ms_row_workspace."""
+    parts, blocks = -(-vocab_size // (_tuning(vocab_size, rows, kind).process * BLOCK)), -(-vocab_size // BLOCK)
+    return 4 * rows * (4 * DEPTH_BINS + 10 * parts + 64 * blocks + vocab_size + vocab_size % 2)
 
 
-def _tuning(vocab_size: int) -> tuple[int, int]:
-    return next((first, second) for most, first, second in TUNING["apple"] if vocab_size <= most)
+def _tuning(vocab_size: int, rows: int, kind: str) -> Tuning:
+    return next(tuning for tuning in TABLES[kind] if vocab_size <= tuning.vocab and rows <= tuning.rows)
 
 
 def bench_cases(sizes: BenchSizes) -> list[BenchCase]:
     """Rows that are all greedy, or all filtered as chats are: temperature, top_k, top_p and min_p."""
-    kinds = {"greedy": {}, "filtered": dict(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05)}
+    kinds = {
+        "greedy": {},
+        "top_p": dict(temperature=0.8, top_p=0.95),
+        "filtered": dict(temperature=0.8, top_k=40, top_p=0.95, min_p=0.05),
+    }
     return [
         BenchCase("sample", name, rows, 0, 4 * rows * sizes.vocab_size, rows * sizes.vocab_size,
-                  functools.partial(_bench_launches, sizes.vocab_size, rows, fields))
+                  functools.partial(_bench_launches, sizes, rows, fields))
         for name, fields in kinds.items() for rows in sizes.sampled_rows
     ]  # fmt: skip
 
 
-def _bench_launches(vocab_size: int, rows: int, fields: dict[str, float], inputs: Inputs) -> list[Launch]:
+def _bench_launches(sizes: BenchSizes, rows: int, fields: dict[str, float], inputs: Inputs) -> list[Launch]:
+    vocab_size = sizes.vocab_size
     logits, step = inputs.activation("logits", (rows, vocab_size)), inputs.step(rows, sampling=fields)
-    workspace = inputs.activation("workspace", (workspace_bytes(vocab_size, rows),), "uint8")
-    return launches(logits, step, vocab_size=vocab_size, max_rows=rows, max_top=0, history_stride=1, workspace=workspace)
+    workspace = inputs.activation("workspace", (workspace_bytes(vocab_size, rows, sizes.kind),), "uint8")
+    return launches(
+        logits, step, vocab_size=vocab_size, max_rows=rows, max_top=0, history_stride=1, workspace=workspace, kind=sizes.kind
+    )

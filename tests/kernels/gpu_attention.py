@@ -106,12 +106,13 @@ class Cache:
         max_rows: int | None = None,
         q_offset: int = 0,
         q_row_stride: int | None = None,
+        out_dtype: str = "float32",
         **options,
     ) -> np.ndarray:
         """[max_rows, q heads, value_dim] of rows (sequence, position); windows: (window, keep) of each sequence."""
         h, (head_dim, value_dim), max_rows = self.h, self.dims, max_rows or len(rows)
         heads = num_q_heads or q.shape[1]
-        out = h.empty((max_rows, heads, value_dim))
+        out = h.put(np.full((max_rows, heads, value_dim), np.nan, out_dtype))
         nbytes = attention.workspace_bytes(heads, value_dim, max_rows, splits)
         launches = attention.launches(
             q if isinstance(q, Buffer) else h.put(q), q_offset, q_row_stride or heads * head_dim, self.k_plane, self.v_plane, out,
@@ -120,7 +121,7 @@ class Cache:
             sinks=None if sinks is None else h.put(sinks), workspace=h.empty((nbytes // 4,)) if nbytes else None, **options,
         )  # fmt: skip
         h.run(launches, max_rows)
-        return h.get(out)
+        return h.get(out, out_dtype)
 
     def expected(self, q, rows, *, window=0, softcap=0.0, sinks=None, windows=None) -> np.ndarray:
         """What rows should come to, by the reference and what the cache holds."""

@@ -1,9 +1,8 @@
-"""Runs a GPU op's launches on simulated Metal (or the Mac's own) with numpy arrays in and out."""
+"""Runs a GPU op's launches on the tests' GPU, simulated Metal as a rule, with numpy arrays in and out."""
 from __future__ import annotations
 
-import sys
-
 import numpy as np
+from gpu_device import DEVICE, KIND
 from harness import Harness
 
 from metalstep.kernels import params
@@ -12,19 +11,19 @@ from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import PackedWeight
 from metalstep.kernels.step import StepBuffers
 
-DEVICE = "metal" if sys.platform == "darwin" else "metal-sim"
-
 
 class GpuHarness(Harness):
     """As Harness, on a GPU; weights stay in MLX's layout."""
+
+    kind = KIND
 
     def __init__(self) -> None:
         super().__init__(device=DEVICE)
 
     def sample_launches(self, logits: Buffer, step: StepBuffers, **sizes: int) -> list[Launch]:
         """The workspace is full of NaN before."""
-        workspace = self.empty((sample.workspace_bytes(sizes["vocab_size"], sizes["max_rows"]) // 4,))
-        return sample.launches(logits, step, **sizes, workspace=workspace)
+        workspace = self.empty((sample.workspace_bytes(sizes["vocab_size"], sizes["max_rows"], self.kind) // 4,))
+        return sample.launches(logits, step, **sizes, workspace=workspace, kind=self.kind)
 
     def step_advance_launches(self, step: StepBuffers, **sizes: int) -> list[Launch]:
         return step_advance.launches(step, **sizes)

@@ -19,6 +19,7 @@ VARIANTS = {"matvec 1": 1, "matvec 3": 3, "matvec 4": 4, "tiles 8": 8, "tiles 16
 KEPT = -77.0  # what poisoned places hold besides NaN: a store there would show
 # Relative to the sum of all magnitudes: a lane adds some thirty products of float32 in a row, each rounded to 6e-8.
 TOLERANCE = 2e-6
+HALF = 2.0**-11  # float16 rounds to
 
 
 class Weight:
@@ -68,6 +69,13 @@ def shifted(h, array, shift):
     return Buffer(whole.handle, shift * array.itemsize, array.shape, whole.dtype)
 
 
+def half_bound(x, weight, magnitude=None):
+    """What a product of half tiles may be off: x and the weight are rounded, and what the weight is made from. magnitude: of the x that
+    is rounded, if not x (a norm's may be rounded where it is applied)."""
+    m = np.abs(x.astype(np.float64)) if magnitude is None else magnitude
+    return HALF * (m @ (2 * np.abs(weight.exact) + weight.magnitude).T) + bound(m, weight) + 2.0**-24 * np.abs(weight.exact).sum(1)
+
+
 def bound(x, weight):
     return TOLERANCE * np.abs(x.astype(np.float64)) @ weight.magnitude.T + 1e-30
 
@@ -79,29 +87,30 @@ def plain(weight, slot, offset=0, row_stride=None):
     return program
 
 
-def products(h, x, weights, max_rows=None, *, norm=None, sampled=None, invariant=False, tokens=None):
+def products(h, x, weights, max_rows=None, *, norm=None, sampled=None, planes=1, **options):
     """x times each weight, all in one launch of a segment each, into one poisoned matrix whose margins must stay as they were."""
     rows = len(x) if sampled is None else len(sampled)
     max_rows = max_rows or rows
     starts = np.cumsum([1, *(w.n + 1 for w in weights)])
     width = int(starts[-1])
-    out = h.put(np.full((max_rows + 1, width), KEPT, np.float32))
+    out = h.put(np.full((planes * max_rows + 1, width), KEPT, np.float32))
     slot = linear.first_buffer_slot([[w.packed] for w in weights])
     segments = [Segment([w.packed], plain(w, slot, int(at), width)) for w, at in zip(weights, starts, strict=False)]
     source = Input(
         h.put(x), 0, x.shape[1], params.MS_ROW_SELF if sampled is None else params.MS_ROW_SAMPLED, norm=norm
     )
     which = params.MS_ROWS_TOKENS if sampled is None else params.MS_ROWS_SAMPLED
-    launches = gpu_linear.launches(source, segments, h.step(len(x), sampled=sampled), [out], which, max_rows, invariant=invariant)
+    launches = gpu_linear.launches(source, segments, h.step(len(x), sampled=sampled), [out], which, max_rows, planes=planes, **options)
     assert len(launches) == 1
     h.run(launches, max(max_rows, len(x)))
     got = h.get(out)
-    results = [got[:rows, at : at + w.n] for w, at in zip(weights, starts, strict=False)]
+    parts = got[:-1].reshape(planes, max_rows, width)[:, :rows]
     kept = np.ones_like(got, bool)
+    inside = kept[:-1].reshape(planes, max_rows, width)[:, :rows]
     for w, at in zip(weights, starts, strict=False):
-        kept[:rows, at : at + w.n] = False
+        inside[:, :, at : at + w.n] = False
     assert (got[kept] == KEPT).all()
-    return results
+    return [parts[:, :, at : at + w.n].sum(0) for w, at in zip(weights, starts, strict=False)]
 
 
 def check(h, x, weights, max_rows=None, **more):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from gpu_device import KIND
 from gpu_harness import GpuHarness
 from programs import own_buffers
 
@@ -15,6 +16,7 @@ from metalstep.kernels.launch import Buffer
 from metalstep.kernels.program import Program, Register
 
 Build = Callable[..., Register]
+KINDS = ["nvidia"] if KIND == "nvidia" else ["apple", "nvidia"]  # a simulated device runs what is written for either
 
 
 @dataclass
@@ -48,7 +50,7 @@ def run_all(h: GpuHarness, cases: Sequence[Case], rows: int, plan_rows: int | No
             out = h.empty((plan_rows, result.size))
             buffers = [*(h.put(array.astype(np.float32)) for array in case.inputs), out]
             launches += row_program.launches(
-                program, steps, buffers, params.MS_ROWS_TOKENS, plan_rows, scratch=scratch(h, program, plan_rows)
+                program, steps, buffers, params.MS_ROWS_TOKENS, plan_rows, scratch=scratch(h, program, plan_rows), kind=h.kind
             )
             outs.append(out)
         h.run(launches, plan_rows)
@@ -66,5 +68,5 @@ def run(h: GpuHarness, build: Build, *inputs: np.ndarray, plan_rows: int | None 
 
 def scratch(h: GpuHarness, program: Program, rows: int, buffers: Sequence[Buffer] | None = None) -> Buffer | None:
     """Scratch memory as the program needs it, poisoned; None if it needs none."""
-    nbytes = row_program.scratch_bytes(program, rows, buffers)
+    nbytes = row_program.scratch_bytes(program, rows, buffers, kind=h.kind)
     return h.empty((nbytes // 4,)) if nbytes else None

@@ -8,7 +8,7 @@ from gpu_harness import GpuHarness
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from metalstep.kernels.gpu import attention
+from metalstep.kernels.gpu import attention, attention_geometry
 from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer
 
@@ -312,29 +312,29 @@ OTHER_TUNING = [
 @pytest.mark.parametrize("variant, changes", OTHER_TUNING)
 def test_any_tuning_gives_the_same_results(h, monkeypatch, variant, changes):
     """Figures of another device than those that exist."""
-    tuning = attention.TUNING["apple"]
-    monkeypatch.setitem(attention.TUNING, "other", tuning | {variant: tuning[variant] | changes})
+    tuning = attention_geometry.TUNING["apple"]
+    monkeypatch.setitem(attention_geometry.TUNING, "other", tuning | {variant: tuning[variant] | changes})
     rng = np.random.default_rng(0)
     cache = Cache(h, rng, [70, 20, 5], head_dim=128, dtype="float16")
     rows = [(0, p) for p in range(30, 70)] + [(1, 19), (2, 4), (1, 18)]
     q = queries(rng, rows, 10, 128)
-    got = cache.attend(q, rows, variant=variant, device="other", windows=[(20, 5), (0, 0), (3, 1)])
+    got = cache.attend(q, rows, variant=variant, kind="other", windows=[(20, 5), (0, 0), (3, 1)])
     want = cache.attend(q, rows, variant=variant, windows=[(20, 5), (0, 0), (3, 1)])
     np.testing.assert_allclose(got, want, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("device", list(attention.TUNING))
+@pytest.mark.parametrize("device", list(attention_geometry.TUNING))
 def test_every_geometry_fits_the_threadgroup_memory(device):
     """Of heads of 16 to 1024 elements: decode always, mixed up to what its error says."""
     for head_dim, value_dim, group, size in product((16, 64, 72, 128, 256, 512, 1024), (16, 64, 200, 256, 1024), range(1, 130), (2, 4)):
-        decode = attention.decode_geometry(group, head_dim, value_dim, device)
-        assert decode.threadgroup_bytes(head_dim, value_dim, size, inside=True) <= attention.THREADGROUP_BYTES
+        decode = attention_geometry.decode_geometry(group, head_dim, value_dim, device)
+        assert decode.threadgroup_bytes(head_dim, value_dim, size, inside=True) <= attention_geometry.THREADGROUP_BYTES
         if max(head_dim, value_dim) <= 256:
-            mixed = attention.mixed_geometry(group, head_dim, value_dim, size, device)
-            assert mixed.threadgroup_bytes(head_dim, value_dim, size) <= attention.THREADGROUP_BYTES
+            mixed = attention_geometry.mixed_geometry(group, head_dim, value_dim, size, device)
+            assert mixed.threadgroup_bytes(head_dim, value_dim, size) <= attention_geometry.THREADGROUP_BYTES
             assert mixed.rows >= 1
     with pytest.raises(ValueError, match="threadgroup memory"):
-        attention.mixed_geometry(4, 1024, 1024, 4, device)
+        attention_geometry.mixed_geometry(4, 1024, 1024, 4, device)
 
 
 def test_a_workspace_has_a_part_for_each_piece_of_each_head():
@@ -359,7 +359,8 @@ def region(shape, dtype="float32", offset=0):
         (dict(window=-1), "window is -1"),
         (dict(max_rows=0), "max_rows 0"),
         (dict(variant="prefill"), "variant is 'prefill', expected 'decode' or 'mixed'"),
-        (dict(device="tpu"), "device is 'tpu', expected apple"),
+        (dict(kind="tpu"), "kind is 'tpu', expected apple or nvidia"),
+        (dict(out=region((3, 4, 32), "bfloat16")), "out is bfloat16, expected float32 or float16 of the decode variant"),
         (dict(k_plane=region((4, 2, 32, 16))), r"k_plane has shape \(4, 2, 32, 16\), expected \(4, 2, 16, 32\)"),
         (dict(v_plane=region((4, 1, 16, 32))), r"v_plane has shape"),
         (dict(v_plane=region((4, 2, 16, 32), offset=4)), "v_plane starts at byte 4, expected multiples of 16 bytes"),

@@ -6,7 +6,7 @@ from gpu_linears import Weight, plain
 
 from metalstep.kernels import linear, params
 from metalstep.kernels.gpu import linear as gpu_linear
-from metalstep.kernels.gpu.linear_tuning import TUNING
+from metalstep.kernels.gpu.linear_tuning import KINDS, Matvec, geometry
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.linear import Input, Norm, PackedWeight, Segment
 from metalstep.kernels.program import Program
@@ -32,20 +32,21 @@ def test_sizes_and_strides_are_parameters_and_structure_is_not(h):
     assert len({kernel(16, 64, 4), kernel(16, 64, 8), kernel(16, 64, 4, max_rows=2), kernel(16, 64, 4, max_rows=9)}) == 4
 
 
-@pytest.mark.parametrize("kind", TUNING)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_shape_of_the_tables_fits_a_threadgroup(h, kind):
     """32 KB and 1024 threads, for a segment of one weight, of two, and of both; a matvec's lanes hold its results."""
     rng = np.random.default_rng(10)
     w = Weight(h, rng, 16, 64, 4, 32)
     for outputs in (1, 10**6):
         for max_rows in (*range(1, 70), 1000):
-            shape = gpu_linear.geometry(outputs, max_rows, kind=kind)
+            shape = geometry(kind, outputs, 64, max_rows)
             for parts in (1, 2, 3):
                 wide = [PackedWeight(w.packed.buffer, outputs, 64, 4, 32, w.packed.dtype, w.packed.scales, w.packed.biases)] * parts
                 program = Program(epilogue=True, registers=parts)
-                [launch] = gpu_linear.launches(Input(h.empty((1, 64)), 0, 64), [Segment(wide, program)], h.step(1), [], 0, max_rows)
+                x = Input(h.empty((1, 64)), 0, 64)
+                [launch] = gpu_linear.launches(x, [Segment(wide, program)], h.step(1), [], 0, max_rows, kind=kind)
                 assert launch.threads[0] <= 1024
-            if max_rows <= 4:
+            if isinstance(shape, Matvec):
                 assert shape.rows * max_rows <= 32
 
 

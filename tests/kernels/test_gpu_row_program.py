@@ -5,7 +5,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gpu_harness import GpuHarness
-from gpu_programs import Case, run, run_all, scratch
+from gpu_programs import KINDS, Case, run, run_all, scratch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import own_buffers
@@ -26,9 +26,10 @@ ROWS = params.MS_ROWS_TOKENS
 RANDOM = np.random.default_rng(0)
 
 
-@pytest.fixture(scope="module")
-def h():
+@pytest.fixture(scope="module", params=KINDS)
+def h(request):
     with GpuHarness() as harness:
+        harness.kind = request.param
         yield harness
 
 
@@ -178,7 +179,7 @@ def test_loads_and_stores_find_their_rows(h):
             out, spread = h.empty((3 + rows * (size + 5),)), h.empty((1 + tokens * stride,))
             step = h.step(tokens, sampled=sampled)
             buffers = [h.put(source), out, spread]
-            h.run(row_program.launches(program, step, buffers, params.MS_ROWS_SAMPLED, rows + 2), tokens, rows)
+            h.run(row_program.launches(program, step, buffers, params.MS_ROWS_SAMPLED, rows + 2, kind=h.kind), tokens, rows)
             got, got_spread = h.get(out), h.get(spread)
         of_row = {params.MS_ROW_SAME: [0] * rows, params.MS_ROW_SELF: range(rows), params.MS_ROW_SAMPLED: sampled}[address]
         want, want_spread = (np.full(a.shape, np.nan, np.float32) for a in (got, got_spread))
@@ -197,7 +198,7 @@ def copied(h, source, dtype, out, out_dtype):
     program.store(register, FIRST + 1, row_stride=source.size, dtype=out_dtype)
     with own_buffers(h):
         buffers = [h.put(source), h.put(out)]
-        h.run(row_program.launches(program, h.step(1), buffers, ROWS, 1), 1)
+        h.run(row_program.launches(program, h.step(1), buffers, ROWS, 1, kind=h.kind), 1)
         return h.get(buffers[1], out.dtype)
 
 
@@ -242,11 +243,77 @@ def test_memory_of_two_slots_may_be_the_same(h, size, shift):
         first = Buffer(memory.handle, 0, x.shape, "float32")
         second = Buffer(memory.handle, 4 * shift, x.shape, "float32")
         buffers = [first, second, out]
-        launches = row_program.launches(program, h.step(3), buffers, ROWS, 4, scratch=scratch(h, program, 4))
+        launches = row_program.launches(program, h.step(3), buffers, ROWS, 4, scratch=scratch(h, program, 4), kind=h.kind)
         h.run(launches, 4)
         after = h.device.numpy(second, np.float32, x.shape)
         np.testing.assert_array_equal(after[:, :size], x[:, size - 1 :: -1])
         np.testing.assert_array_equal(h.get(out), x[:, :size] + x[:, size - 1 :: -1])
+
+
+# ---- planes, halves, vectors ------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("address", [params.MS_ROW_SELF, params.MS_ROW_SAMPLED])
+@pytest.mark.parametrize(("size", "planes", "gap"), [(4, 2, 0), (33, 3, 0), (64, 8, 4), (640, 4, 0), (1500, 2, 5)])
+def test_planes_are_added_up_in_order(h, address, size, planes, gap):
+    """And what a part of them is, is the part of their sum."""
+    rows, stride = 3, 4 * (size + gap)
+    x = RANDOM.standard_normal((planes, 4, size + gap)).astype(np.float32)
+    program = Program()
+    options = dict(rows=address, row_stride=size + gap, planes=planes, plane_stride=stride)
+    program.store(program.load(FIRST, size, **options), FIRST + 1, row_stride=size)
+    program.store(program.load(FIRST, size - 1, offset=1, **options), FIRST + 2, row_stride=size)
+    sampled = [2, 0, 3]
+    with own_buffers(h):
+        buffers = [h.put(x), h.empty((rows, size)), h.empty((rows, size))]
+        step = h.step(4, sampled=sampled)
+        h.run(row_program.launches(program, step, buffers, params.MS_ROWS_SAMPLED, rows, kind=h.kind), 4, rows)
+        got, part = h.get(buffers[1]), h.get(buffers[2])
+    want = x[0]
+    for plane in x[1:]:
+        want = want + plane
+    want = want[sampled if address == params.MS_ROW_SAMPLED else [0, 1, 2], :size]
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(part[:, :-1], want[:, 1:])
+
+
+def test_planes_that_overlap_are_refused(h):
+    program = Program()
+    program.store(program.load(FIRST, 64, rows=params.MS_ROW_SELF, row_stride=64, planes=2, plane_stride=63), FIRST + 1, row_stride=64)
+    with pytest.raises(ValueError, match="2 planes of 64 elements, each 63 behind the one before"):
+        row_program.launches(program, h.step(1), [h.empty((128,)), h.empty((64,))], ROWS, 1, kind=h.kind)
+
+
+@pytest.mark.parametrize("size", [7, 33, 1024])
+def test_finite_numbers_saturate_as_float16_for_nvidia(h, size):
+    x = np.resize(np.array([65519, 65520, 1e9, -65520, -3e38, np.inf, -np.inf, np.nan, 0.1, -0.0], np.float32), size)
+    got = copied(h, x, params.MS_FLOAT32, np.zeros(size, np.float16), params.MS_FLOAT16)
+    with np.errstate(over="ignore"):
+        want = x.astype(np.float16)
+    if h.kind == "nvidia":
+        want = np.where(np.isfinite(x), np.clip(x, -65504, 65504), x).astype(np.float16)
+    np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [params.MS_FLOAT32, params.MS_FLOAT16])
+@pytest.mark.parametrize("width", [600, 1024, 2560])
+def test_where_buffers_begin_changes_no_bit(h, width, dtype):
+    """At multiples of 16 bytes, elements are read and written four at a time."""
+    x, weight = RANDOM.standard_normal((3, width)).astype(np.float32), RANDOM.standard_normal(width).astype(np.float32)
+    kept = []
+    for shift in (0, 1, 4):
+        program = Program()
+        normed = rms_norm.emit(program, program.load(FIRST, width, rows=params.MS_ROW_SELF, row_stride=width),
+                               program.load(FIRST + 1, width, rows=params.MS_ROW_SAME), 1e-6, width)  # fmt: skip
+        program.store(normed, FIRST + 2, row_stride=width, dtype=dtype)
+        with own_buffers(h):
+            size, name = (2, "float16") if dtype == params.MS_FLOAT16 else (4, "float32")
+            places = [h.put(np.concatenate([np.zeros(shift, np.float32), a.ravel()])) for a in (x, weight)]
+            out = h.put(np.zeros(shift + x.size, name))
+            buffers = [Buffer(b.handle, 4 * shift, (b.shape[0] - shift,), "float32") for b in places]
+            buffers.append(Buffer(out.handle, size * shift, (x.size,), name))
+            h.run(row_program.launches(program, h.step(3), buffers, ROWS, 3, kind=h.kind), 3)
+            kept.append(h.get(out, np.dtype(name))[shift:])
+    np.testing.assert_array_equal(kept[0], kept[1])
+    np.testing.assert_array_equal(kept[0], kept[2])
 
 
 # ---- rows -------------------------------------------------------------------------------------------------------------------
@@ -269,7 +336,7 @@ def test_how_many_rows_run_is_data(h, counted):
     x = np.arange(27, dtype=np.float32).reshape(9, 3)
     step, out = h.step(9), h.empty((9, 3))
     counts, written = h.device.numpy(step.step, np.uint32, (4,)), h.device.numpy(out, np.float32, (9, 3))
-    plan = h.device.create_plan(row_program.launches(program, step, [h.put(x), out], counted, 9), 9, 9)
+    plan = h.device.create_plan(row_program.launches(program, step, [h.put(x), out], counted, 9, kind=h.kind), 9, 9)
     for rows in (4, 0, 9, 1, 2):
         counts[:2] = (rows, 9) if counted == params.MS_ROWS_TOKENS else (9, rows)
         written[...] = np.nan
@@ -319,9 +386,9 @@ def test_what_threadgroup_memory_cannot_hold_is_kept_in_scratch(h, count, size, 
     x = program.load(FIRST, size, rows=params.MS_ROW_SELF, row_stride=size)
     program.store(turns(count, size)(program, x), FIRST + 1, row_stride=size)
     apart = [Buffer(-9, 0, (1,), "float32"), Buffer(-8, 0, (1,), "float32")]
-    nbytes = row_program.scratch_bytes(program, 4, apart)
-    assert (nbytes > 0) == spilled and nbytes % (4 * 4) == 0 and row_program.scratch_bytes(program, 8, apart) == 2 * nbytes
-    assert row_program.scratch_bytes(program, 4) >= nbytes
+    nbytes = row_program.scratch_bytes(program, 4, apart, h.kind)
+    assert (nbytes > 0) == spilled and nbytes % (4 * 4) == 0 and row_program.scratch_bytes(program, 8, apart, h.kind) == 2 * nbytes
+    assert row_program.scratch_bytes(program, 4, kind=h.kind) >= nbytes
     values = np.arange(3 * size, dtype=np.float32).reshape(3, size) % 1000
     want = values[:, ::-1].copy()  # the sum of all parts, the last one as it is, the others turned
     part, parts = values, [values]
@@ -333,9 +400,9 @@ def test_what_threadgroup_memory_cannot_hold_is_kept_in_scratch(h, count, size, 
     if spilled:
         buffers = [h.put(values), h.empty((4, size))]
         with pytest.raises(ValueError, match=f"row_program: 0 bytes of scratch, expected {nbytes} for 4 rows"):
-            row_program.launches(program, h.step(3), buffers, ROWS, 4)
+            row_program.launches(program, h.step(3), buffers, ROWS, 4, kind=h.kind)
         with pytest.raises(ValueError, match="row_program: 64 bytes of scratch"):
-            row_program.launches(program, h.step(3), buffers, ROWS, 4, scratch=h.empty((16,)))
+            row_program.launches(program, h.step(3), buffers, ROWS, 4, scratch=h.empty((16,)), kind=h.kind)
 
 
 def text(build, *sizes):

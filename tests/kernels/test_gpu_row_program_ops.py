@@ -3,7 +3,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gpu_harness import GpuHarness
-from gpu_programs import Case, run, run_all
+from gpu_programs import KINDS, Case, run, run_all
 from programs import own_buffers
 from test_kv_write import CODES, UNTOUCHED, bits_of
 from test_rope import POSITIONS, exact
@@ -17,9 +17,10 @@ RANDOM = np.random.default_rng(0)
 SPANS = [(1, 3), (1, 600), (33, 1), (33, 3), (63, 2), (64, 40), (97, 5), (128, 16), (576, 1), (576, 3), (5000, 1), (2500, 2)]
 
 
-@pytest.fixture(scope="module")
-def h():
+@pytest.fixture(scope="module", params=KINDS)
+def h(request):
     with GpuHarness() as harness:
+        harness.kind = request.param
         yield harness
 
 
@@ -224,7 +225,7 @@ def test_keys_and_values_land_in_their_places_and_nothing_else_changes(h, dtype)
         with own_buffers(h):
             after = [h.put(plane) for plane in before]
             buffers = [h.put(keys), h.put(values), *after]
-            h.run(row_program.launches(program, h.step(rows, slots=slots), buffers, params.MS_ROWS_TOKENS, rows + 2), rows + 2)
+            h.run(row_program.launches(program, h.step(rows, slots=slots), buffers, params.MS_ROWS_TOKENS, rows + 2, kind=h.kind), rows + 2)
             for buffer, plane in zip(after, want, strict=True):
                 np.testing.assert_array_equal(h.get(buffer, word), plane)
 
@@ -260,7 +261,7 @@ def test_what_lies_between_two_matmuls_of_a_layer(h):
         outs = [h.empty((rows, hidden)), h.empty((rows, heads * dim))]
         buffers = [*inputs, outs[0], h.put(qkv), h.put(q_weight), h.put(k_weight), outs[1], *planes]
         step = h.step(rows, positions=positions, slots=slots)
-        launches = row_program.launches(program, step, buffers, params.MS_ROWS_TOKENS, rows)
+        launches = row_program.launches(program, step, buffers, params.MS_ROWS_TOKENS, rows, kind=h.kind)
         h.run(launches, rows)
         got_total, got_norm, got_q = h.get(inputs[1]), h.get(outs[0]), h.get(outs[1])
         k_plane, v_plane = (h.get(plane, np.float16) for plane in planes)

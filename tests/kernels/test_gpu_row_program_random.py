@@ -5,7 +5,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from gpu_harness import GpuHarness
-from gpu_programs import scratch
+from gpu_programs import KINDS, scratch
 from harness import Harness
 from programs import own_buffers
 from random_programs import RandomProgram
@@ -54,15 +54,18 @@ def numbers(array, dtype):
     return array.astype(np.float32)
 
 
-def differences(randoms):
+def differences(randoms, kind):
     """Which programs leave other numbers than on the host device: seeds, with the first buffer and numpy's words."""
     found = {}
     with GpuHarness() as gpu, Harness() as host:
+        gpu.kind = kind
         step, launches, bound = gpu.step(ROWS, **STEP), [], []
         for random in randoms:
             buffers = [gpu.put(slot.array) for slot in random.slots]
             memory = scratch(gpu, random.program, PLAN_ROWS)
-            launches += gpu_row_program.launches(random.program, step, buffers, params.MS_ROWS_TOKENS, PLAN_ROWS, scratch=memory)
+            launches += gpu_row_program.launches(
+                random.program, step, buffers, params.MS_ROWS_TOKENS, PLAN_ROWS, scratch=memory, kind=kind
+            )
             bound.append(buffers)
         gpu.run(launches, PLAN_ROWS)
         for random, buffers in zip(randoms, bound, strict=True):
@@ -74,13 +77,15 @@ def differences(randoms):
     return found
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("batch", range(3))
-def test_programs_compute_what_the_host_computes(batch):
-    assert differences([RandomProgram(seed) for seed in range(25 * batch, 25 * batch + 25)]) == {}
+def test_programs_compute_what_the_host_computes(batch, kind):
+    assert differences([RandomProgram(seed) for seed in range(25 * batch, 25 * batch + 25)], kind) == {}
 
 
-def test_wide_programs_compute_what_the_host_computes():
-    assert differences([RandomProgram(seed, sizes=[33, 1024, 2400, 5000]) for seed in range(100, 110)]) == {}
+@pytest.mark.parametrize("kind", KINDS)
+def test_wide_programs_compute_what_the_host_computes(kind):
+    assert differences([RandomProgram(seed, sizes=[33, 1024, 2400, 5000]) for seed in range(100, 110)], kind) == {}
 
 
 @pytest.fixture
@@ -91,18 +96,20 @@ def made_anew():
     gpu_row_program._kernel.cache_clear()
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("shared", "held"), [(2400, 8), (600, 8), (600, 0)])
-def test_programs_in_little_memory_share_it_and_spill(monkeypatch, made_anew, shared, held):
+def test_programs_in_little_memory_share_it_and_spill(monkeypatch, made_anew, shared, held, kind):
     """As if the threadgroup had `shared` bytes, and a thread registers for `held` elements of a value."""
     monkeypatch.setattr(row_homes, "SHARED_BYTES", shared)
     monkeypatch.setattr(row_homes, "HELD", held)
     randoms = [RandomProgram(seed) for seed in range(25)]
-    assert any(gpu_row_program.scratch_bytes(random.program, 1) for random in randoms)
-    assert differences(randoms) == {}
+    assert any(gpu_row_program.scratch_bytes(random.program, 1, kind=kind) for random in randoms)
+    assert differences(randoms, kind) == {}
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("mistake", ["threadgroup", "simdgroup"])
-def test_a_missing_barrier_shows(monkeypatch, made_anew, mistake):
+def test_a_missing_barrier_shows(monkeypatch, made_anew, mistake, kind):
     kernel = RowKernel.kernel
 
     def without(self):
@@ -111,4 +118,4 @@ def test_a_missing_barrier_shows(monkeypatch, made_anew, mistake):
         return replace(made, name="no_" + made.name, text="\n".join(lines).replace(f" {made.name}(", f" no_{made.name}("))
 
     monkeypatch.setattr(RowKernel, "kernel", without)
-    assert differences([RandomProgram(seed) for seed in (range(5) if mistake == "threadgroup" else range(25))])
+    assert differences([RandomProgram(seed) for seed in (range(5) if mistake == "threadgroup" else range(25))], kind)

@@ -127,6 +127,17 @@ def test_a_large_vocabulary_has_all_ways(g, host, options, first, ties):
     check_row(g, host, logits, Parameters(temperature=1.3, temperature_first=first, top=8, bias={77: 1.5}, **options), 12)
 
 
+@pytest.mark.parametrize("kind", sorted(gpu_sample.TABLES))
+@pytest.mark.parametrize("first", [False, True], ids=["mlx", "vllm"])
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 0.6, 3.0, 12.0])
+def test_a_nucleus_may_be_most_of_a_vocabulary_or_a_few_tokens(g, host, monkeypatch, kind, first, spread):
+    """Bells of any width: the host draws the same token, whichever of a GPU's threads have it."""
+    monkeypatch.setattr(g, "kind", kind)
+    logits = (np.random.default_rng(8).standard_normal((1, 20_001)) * spread).astype(np.float32)
+    for temperature, top_p in ((1.0, 0.95), (0.8, 0.5), (1.5, 0.999)):
+        check_row(g, host, logits, Parameters(temperature=temperature, top_p=top_p, temperature_first=first), 5)
+
+
 @pytest.mark.parametrize("options", [dict(top_p=0.9), dict(top_k=2000), dict(xtc_probability=1.0, xtc_threshold=1e-4)], ids=str)
 @pytest.mark.parametrize("first", [False, True], ids=["mlx", "vllm"])
 @pytest.mark.parametrize("scale", [1e-3, 1e3])
@@ -336,15 +347,28 @@ def test_biases_masks_and_stop_tokens_can_leave_no_token(g, processed):
 def test_sizes_that_do_not_fit_are_refused(g, changes, why):
     sizes = dict(vocab_size=1000, max_rows=2, max_top=8, history_stride=10)
     workspace = Buffer(0, 0, (gpu_sample.workspace_bytes(1000, 2),), "uint8")
-    assert len(gpu_sample.launches(workspace, g.step(1), **sizes, workspace=workspace)) == 2
+    assert len(gpu_sample.launches(workspace, g.step(1), **sizes, workspace=workspace)) == 3
     with pytest.raises(ValueError, match=why):
         gpu_sample.launches(workspace, g.step(1), **(sizes | changes), workspace=workspace)
 
 
-def test_a_launchs_memory_fits_an_apple_gpu():
-    """32 KB in a threadgroup, of 64-bit lists, two histograms of 32-bit words, and the marks of a part."""
-    for _, first, second in gpu_sample.TUNING["apple"]:
-        assert first * 512 * 4 + first * 7 * 4 <= 32768
-        assert 1024 * 8 + 2 * 2048 * 4 + second * 16 + 64 <= 32768
-        assert 2048 % (32 * second) == 0 and first * 512 % (32 * second) == 0
-    assert gpu_sample.workspace_bytes(151_936, 1) < 700_000
+@pytest.mark.parametrize("kind", sorted(gpu_sample.TABLES))
+def test_a_launchs_memory_fits_an_apple_gpu(kind):
+    """32 KB in a threadgroup: marks of a part; bins of four words; a list of 64-bit places, which bins of two words share. Whole runs of
+    all of them, and of a part's tokens, are a thread's."""
+    for tuning in gpu_sample.TABLES[kind]:
+        assert tuning.process * 512 * 4 + tuning.process * 7 * 4 <= 32768
+        assert 4 * gpu_sample.DEPTH_BINS * 4 <= 32768
+        assert 2048 * 8 + tuning.finish * 16 + 64 <= 32768
+        threads = 32 * tuning.finish
+        assert all(count % threads == 0 for count in (2048, gpu_sample.DEPTH_BINS, tuning.process * 512))
+    assert gpu_sample.workspace_bytes(151_936, 1, kind) < 720_000
+
+
+def test_a_vocabulary_has_a_line_of_the_largest_for_any_rows():
+    """What a row's logprob depends on in its last digit is the same in every plan."""
+    for table in gpu_sample.TABLES.values():
+        for vocab in (1, 512, 513, 8192, 8193, 2**31 - 1):
+            fits = [tuning for tuning in table if vocab <= tuning.vocab]
+            assert fits[-1].rows == gpu_sample.ANY
+            assert len({tuning.process for tuning in fits if tuning.vocab == fits[0].vocab}) == 1

@@ -5,7 +5,16 @@ from collections.abc import Callable, Iterator
 from itertools import count, product
 
 from metalstep.kernels import kv_write, params
-from metalstep.kernels.gpu import attention, library, linear, row_program, sample, step_advance, step_load
+from metalstep.kernels.gpu import (
+    attention,
+    library,
+    linear,
+    linear_library,
+    row_program,
+    sample,
+    step_advance,
+    step_load,
+)
 from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import FLOATS, Input, Norm, PackedWeight, Segment, first_buffer_slot
@@ -45,7 +54,7 @@ def step_buffers() -> StepBuffers:
     return StepBuffers(**{name: (buffer(64),) if name in grouped else buffer(64) for name in names})
 
 
-def linear_launches(bits: int, group: int, dtype: str, rows: int, floats: int | None = None) -> list[Launch]:
+def linear_launches(bits: int, group: int, dtype: str, rows: int, floats: int | None = None, kind: str = "apple") -> list[Launch]:
     """silu(gate) * up with a residual, the input normed where few rows ask for it. floats: ms_dtype of scales of a byte."""
     n, k, code = 96, 256, DTYPES[dtype] if floats is None else floats
     dense = bits >= 16
@@ -55,7 +64,16 @@ def linear_launches(bits: int, group: int, dtype: str, rows: int, floats: int | 
         planes = [] if dense else [buffer(n, k // group) for _ in range(2 if floats is None else 1)]
         return PackedWeight(buffer(n, k), n, k, width, group, code, *planes)
 
-    weights, program = [weight(), weight()], Program(epilogue=True)
+    segment, buffers = gated([weight(), weight()], rows)
+    norm = Norm(buffer(k), 1e-6) if rows <= 16 else None
+    dtype = "float16" if kind == "nvidia" and norm is None else "float32"
+    x = Input(buffer(rows, k, dtype=dtype), 0, k, norm=norm)
+    return linear.launches(x, [segment], step_buffers(), buffers, params.MS_ROWS_TOKENS, rows, kind=kind)
+
+
+def gated(weights: list[PackedWeight], rows: int) -> tuple[Segment, list[Buffer]]:
+    """silu(gate) * up + residual, and the buffers behind the weights."""
+    program, n = Program(epilogue=True), weights[0].n
     gate, up = program.register(n), program.register(n)
     slot = first_buffer_slot([weights])
     old = program.load(slot, n, rows=params.MS_ROW_SELF, row_stride=n)
@@ -64,10 +82,22 @@ def linear_launches(bits: int, group: int, dtype: str, rows: int, floats: int | 
     program.emit(params.MS_OP_MUL, product_, sigmoid, up, n=n)
     program.emit(params.MS_OP_ADD, out, product_, old, n=n)
     program.store(out, slot + 1, row_stride=n)
-    norm = Norm(buffer(k), 1e-6) if rows <= 16 else None
-    x = Input(buffer(rows, k), 0, k, norm=norm)
-    buffers = [buffer(rows, n), buffer(rows, n)]
-    return linear.launches(x, [Segment(weights, program)], step_buffers(), buffers, params.MS_ROWS_TOKENS, rows)
+    return Segment(weights, program), [buffer(rows, n), buffer(rows, n)]
+
+
+def library_launches(dtype: str) -> list[Launch]:
+    """The same for NVIDIA's library, with up of each format in turn."""
+    n, k, found = 96, 256, []
+    codes = [(bits, group, DTYPES[dtype], 2) for bits, group in FORMATS if group] + [(*floats, 1) for floats in FLOATS.values()]
+    weights = []
+    for bits, group, code, planes in codes:
+        weights.append(PackedWeight(buffer(n, k), n, k, bits, group, code, *(buffer(n, k // group) for _ in range(planes))))
+    weights.append(PackedWeight(buffer(n, k), n, k, 32 if dtype == "f32" else 16, 0, DTYPES[dtype]))
+    for up in weights:
+        segment, buffers = gated([weights[0], up], 256)
+        x = Input(buffer(256, k, dtype="float16"), 0, k)
+        found += linear_library.launches(x, [segment], step_buffers(), buffers, 256, lambda nbytes: buffer(nbytes, dtype="uint8"))
+    return found
 
 
 def plane(codec: KVCodec, dim: int) -> Buffer:
@@ -75,19 +105,30 @@ def plane(codec: KVCodec, dim: int) -> Buffer:
     return buffer(8, 2, 16, dim, dtype=codec.name) if codec.is_float else buffer(8 * 2 * 16 * codec.vector_bytes(dim), dtype="uint8")
 
 
-def attention_launches(heads: int, dim: int, codecs: tuple[KVCodec, KVCodec], variant: str) -> list[Launch]:
-    """variant: decode, inside, or mixed."""
+def attention_launches(
+    heads: int,
+    dim: int,
+    codecs: tuple[KVCodec, KVCodec],
+    variant: str,
+    kind: str = "apple",
+    rows: int = 4,
+    pieces: tuple[int, int] = (2, 1024),
+) -> list[Launch]:
+    """variant: decode, inside, or mixed. rows: of the launch at most. pieces: number and positions, of decode and inside. Results are
+    halves on nvidia."""
     k, v = (plane(codec, dim) for codec in codecs)
     norm = Norm(buffer(dim), 1e-6)
-    rows = attention.Rows(buffer(4, 2 * dim), 0, 2 * dim)
-    angles = buffer(4, dim)
-    inside = attention.Inside(rows, rows, norm, norm, angles, dim) if variant == "inside" else None
-    splits = 1 if variant == "mixed" else 2
-    workspace = Buffer(next(_handles), 0, (attention.workspace_bytes(2 * heads, dim, 4, splits),), "uint8")
+    new = attention.Rows(buffer(rows, 2 * dim), 0, 2 * dim)
+    angles = buffer(rows, dim)
+    inside = attention.Inside(new, new, norm, norm, angles, dim) if variant == "inside" else None
+    splits, split_len = (1, 1024) if variant == "mixed" else pieces
+    workspace = Buffer(next(_handles), 0, (attention.workspace_bytes(2 * heads, dim, rows, splits),), "uint8")
+    out = buffer(rows, 2 * heads, dim, dtype="float16" if kind == "nvidia" else "float32")
     return attention.launches(
-        buffer(4, 2 * heads * dim), 0, 2 * heads * dim, k, v, buffer(4, 2 * heads, dim), step_buffers(),
+        buffer(rows, 2 * heads * dim), 0, 2 * heads * dim, k, v, out, step_buffers(),
         num_q_heads=2 * heads, num_kv_heads=2, head_dim=dim, value_dim=dim, block_size=16, k_codec=codecs[0], v_codec=codecs[1], scale=0.1,
-        max_rows=4, variant="mixed" if variant == "mixed" else "decode", splits=splits, inside=inside, workspace=workspace,
+        max_rows=rows, variant="mixed" if variant == "mixed" else "decode", splits=splits, split_len=split_len, inside=inside,
+        workspace=workspace if splits > 1 else None, kind=kind,
     )  # fmt: skip
 
 
@@ -119,11 +160,20 @@ def instances() -> dict[str, Callable[[], list[Launch]]]:
     found: dict[str, Callable[[], list[Launch]]] = {}
     for (bits, group), dtype, rows in product(FORMATS, DTYPES, ROWS):
         found[f"linear-{bits}bit-g{group}-{dtype}-{rows}rows"] = lambda b=bits, g=group, d=dtype, r=rows: linear_launches(b, g, d, r)
+        found[f"linear-nvidia-{bits}bit-g{group}-{dtype}-{rows}rows"] = lambda b=bits, g=group, d=dtype, r=rows: linear_launches(
+            b, g, d, r, kind="nvidia"
+        )
     for (mode, (bits, group, code)), rows in product(FLOATS.items(), ROWS):
+        found[f"linear-nvidia-{mode}-{rows}rows"] = lambda b=bits, g=group, c=code, r=rows: linear_launches(b, g, "", r, c, "nvidia")
         found[f"linear-{mode}-{rows}rows"] = lambda b=bits, g=group, c=code, r=rows: linear_launches(b, g, "", r, c)
     pairs = {name: (codec, codec) for name, codec in CODECS.items()} | PACKED
     for (heads, dim), (name, codecs), variant in product(HEADS, pairs.items(), ("decode", "inside", "mixed")):
         found[f"attention-{variant}-{heads}x{dim}-{name}"] = lambda h=heads, n=dim, c=codecs, v=variant: attention_launches(h, n, c, v)
+        found[f"attention-nvidia-{variant}-{heads}x{dim}-{name}"] = lambda h=heads, n=dim, c=codecs, v=variant: attention_launches(
+            h, n, c, v, "nvidia"
+        )
+    for dtype in DTYPES:
+        found[f"library-{dtype}"] = lambda d=dtype: library_launches(d)
     for vocab_size in (97, 5000, 151936):
         found[f"sampler-{vocab_size}"] = lambda n=vocab_size: sampler_launches(n)
     for dim in ENCODED:
@@ -133,7 +183,7 @@ def instances() -> dict[str, Callable[[], list[Launch]]]:
 
 def covering(names: list[str], every: int = 13) -> set[str]:
     """Names of the default run: one of `every`, a step that is prime to the number of dtypes and rows, so that all of each occur."""
-    return {name for i, name in enumerate(names) if i % every == 0}
+    return {name for i, name in enumerate(names) if i % every == 0 or name.startswith("library")}
 
 
 def texts(launches: list[Launch]) -> Iterator[str]:
