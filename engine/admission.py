@@ -10,7 +10,7 @@ import numpy as np
 from metalstep.grammar import Grammar
 from metalstep.models.cache import PromptCache
 from metalstep.models.cache_file import KEPT_POSITIONS
-from metalstep.native_model import MAX_STEPS, PREFILL_ROWS, NativeModel
+from metalstep.native_model import MAX_STEPS, NativeModel
 from metalstep.request import Request
 from metalstep.sampling import SamplingParams, shown
 from metalstep.scheduler import Sequence
@@ -37,7 +37,7 @@ def admit(native: NativeModel, request: Request, *, collect: bool = False) -> tu
         for name, low, high in (
             ("max_tokens", 0 if collect else 1, 2**31 - 1),
             ("decode_steps", 1, MAX_STEPS),
-            ("prefill_rows", 1, PREFILL_ROWS),
+            ("prefill_rows", 1, native.max_rows),
             ("max_kv_size", KEPT_POSITIONS + 1, 2**31 - 1),
         )
     }
@@ -63,7 +63,7 @@ def admit(native: NativeModel, request: Request, *, collect: bool = False) -> tu
         prompt_len=total,
         # The last token needs no place in the cache.
         max_tokens_total=min(native.max_context + 1, total + (2**31 if request.max_tokens is None else request.max_tokens)),
-        prefill_rows=request.prefill_rows,
+        prefill_rows=request.prefill_rows or native.max_rows,
         decode_steps=1 if alone else request.decode_steps,
         window=max_kv_size or 0,
         keep=KEPT_POSITIONS if max_kv_size else 0,
@@ -92,7 +92,7 @@ def _ids(name: str, values: Any, vocab_size: int) -> list[int]:
 
 def _count(name: str, value: Any, low: int, high: int) -> int | None:
     """A whole number in [low, high]; None stays where the field may be None."""
-    if value is None and name in ("max_tokens", "max_kv_size"):
+    if value is None and name in ("max_tokens", "max_kv_size", "prefill_rows"):
         return None
     if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer) or not low <= value <= high:
         raise ValueError(f"{name} is {shown(value)}, expected an integer from {low} to {high}")

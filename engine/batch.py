@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from metalstep.admission import admit
+from metalstep.choices import PREFILL_ROWS
 from metalstep.eager_generate import batch_eager
 from metalstep.generate import RSS_UNIT
 from metalstep.generate_options import (
@@ -27,7 +28,7 @@ from metalstep.generate_options import (
 from metalstep.grammar import Grammar
 from metalstep.model import Model
 from metalstep.models.cache import PromptCache, make_prompt_cache
-from metalstep.native_model import MAX_SEQS, PREFILL_ROWS
+from metalstep.native_model import MAX_SEQS
 from metalstep.request import PromptLogprob, Request, TokenOutput
 from metalstep.sampling import SamplingParams
 from metalstep.stream import Stream
@@ -86,7 +87,7 @@ def batch_generate(
     sampling: SamplingParams | Sequence[SamplingParams] | None = None,
     grammars: Sequence[Grammar | None] | None = None,
     max_kv_size: int | None = None,
-    prefill_step_size: int = PREFILL_ROWS,
+    prefill_step_size: int | None = None,
     decode_steps: int = DECODE_STEPS,
     raise_errors: bool = True,
     **options: Any,
@@ -115,12 +116,12 @@ def batch_generate(
         found = batch_eager(
             model, tokenizer, [prompt_ids(tokenizer, prompt) for prompt in prompts], prompt_caches, limits, choices,
             {**options, "verbose": verbose, "return_prompt_caches": return_prompt_caches, "return_token_ids": return_token_ids,
-             "return_logprobs": return_logprobs, "max_kv_size": max_kv_size, "prefill_step_size": prefill_step_size},
+             "return_logprobs": return_logprobs, "max_kv_size": max_kv_size, "prefill_step_size": prefill_step_size or PREFILL_ROWS},
         )  # fmt: skip
         return BatchResponse(found.texts, found.stats, found.caches, found.token_ids, found.logprobs)
     sizes = _batch_sizes(options)
     refuse(options, "batch_generate")
-    rows = prefill_rows_from(prefill_step_size, PREFILL_ROWS)
+    rows = prefill_rows_from(prefill_step_size, model.native.max_rows)
     grammars = _each("grammars", grammars, count, grammars is None)
     if len({id(grammar) for grammar in grammars if grammar is not None}) < sum(grammar is not None for grammar in grammars):
         raise ValueError("grammars has one object twice; each prompt needs its own, because it moves on with the tokens")
@@ -244,10 +245,10 @@ def _run(
                 in_prompt += 1
             for i, stream in list(streams.items()):
                 try:
-                    while (output := stream.poll()) is not None:
+                    while found := stream.poll_all():
                         if not outputs[i]:
                             prompt_time = time.perf_counter() - started
-                        outputs[i].append(output)
+                        outputs[i] += found
                 except Exception as error:
                     errors[i] = error
                 if stream.finished:

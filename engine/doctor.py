@@ -34,6 +34,7 @@ from metalstep.bench.machine import machine
 from metalstep.cache_folder import cache_folder, xdg_cache
 from metalstep.checkpoint import CheckpointError
 from metalstep.checkpoint.source import resolve
+from metalstep.doctor_cuda import cuda, has_gpu
 from metalstep.doctor_devices import GIB, device_checks, device_names
 from metalstep.finding import FAIL, OK, WARN, Finding
 from metalstep.kernels import params
@@ -72,6 +73,8 @@ def checks() -> Iterator[tuple[str, Check]]:
     yield "mlx", mlx
     yield "launcher", launcher
     yield from device_checks(device_names())
+    if platform.system() == "Linux":
+        yield "cuda", cuda
     if platform.system() != "Darwin":
         yield "clang", clang
     yield "swift", swift
@@ -243,6 +246,8 @@ def swift() -> Finding:
 def caches() -> Finding:
     """Folders that metalstep and the hub write to. They need not exist yet."""
     folders = {"models": Path(HF_HUB_CACHE), "pipelines": cache_folder() / "pipelines"}
+    if has_gpu():
+        folders["cubins"] = cache_folder() / "cubins"
     if platform.system() != "Darwin":
         folders["simulator"] = Path(os.environ.get("METALSTEP_SIM_CACHE") or xdg_cache() / "metalstep" / "simulator")
     refused = [folder for folder in folders.values() if not writable(folder)]

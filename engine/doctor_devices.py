@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from metalstep.doctor_cuda import has_gpu
 from metalstep.finding import FAIL, OK, WARN, Finding
 from metalstep.kernels import add_rms_norm
 from metalstep.kernels.launch import Buffer, Launch
@@ -32,7 +33,7 @@ DEVICE_ERRORS = (ValueError, RuntimeError, MemoryError, TimeoutError)
 
 def device_names() -> list[str]:
     """The devices that this system should have, as `load` names them."""
-    return ["host", "metal" if sys.platform == "darwin" else "metal-sim"]
+    return ["host", "metal" if sys.platform == "darwin" else "metal-sim", *(["cuda"] if has_gpu() else [])]
 
 
 def device_checks(names: list[str]) -> Iterator[tuple[str, Callable[[], Finding]]]:
@@ -164,15 +165,15 @@ def run(device: NativeDevice, launches: list[Launch], times: int = 1) -> list[fl
 def put(device: NativeDevice, array: mx.array, dtype: str) -> Buffer:
     """A device copy. numpy has no bfloat16: its elements go as the words they are."""
     values = np.array(array.view(WORDS[dtype]))
-    owner = device.create_buffer(values.nbytes)
-    owner.numpy(values.dtype, values.shape)[...] = values
+    owner = device.create_buffer(values.nbytes, shared=False)
+    owner.write(values)
     return Buffer(owner.handle, 0, array.shape, dtype)
 
 
 def get(device: NativeDevice, buffer: Buffer) -> np.ndarray:
     """What a buffer holds, in float32."""
     words = WORDS[buffer.dtype]
-    values = mx.array(device.numpy(buffer, np.uint32 if words == mx.uint32 else np.uint16, buffer.shape))
+    values = mx.array(device.read(buffer, np.uint32 if words == mx.uint32 else np.uint16, buffer.shape))
     return to_float(values.view(getattr(mx, buffer.dtype)))
 
 

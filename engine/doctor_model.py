@@ -6,14 +6,16 @@ from typing import Any
 
 from metalstep.capture import CaptureError
 from metalstep.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from metalstep.choices import DEFAULT_DEVICE
+from metalstep.choices import DEFAULT_DEVICE, device_kind
+from metalstep.doctor_cuda import has_gpu
+from metalstep.doctor_devices import opened
 from metalstep.explain import explain_on_paper
 from metalstep.finding import FAIL, OK, SLOW, WARN, Finding
 from metalstep.memory_size import free_memory
 from metalstep.plan.gpu_target import GpuTarget
 
 GIB = 1 << 30
-KV_PART = {"metal": 0.25}  # of the free memory, load's default; 0.5 on other devices
+KV_PART = {"metal": 0.25, "cuda": 0.9}  # of the free memory, load's default; 0.5 on other devices
 DENSE = ("bfloat16", "float16", "float32")
 LARGE = GIB  # bytes of dense weights from which a quantised copy is worth a hint
 
@@ -31,12 +33,22 @@ def examine_model(
         limit = config.get("max_position_embeddings")
         context = min(1024, limit) if isinstance(limit, int) and limit > 0 else 1024
         try:
-            plan = explain_on_paper(checkpoint, GpuTarget(batch_invariant=batch_invariant), context=context)
+            kind = "nvidia" if device_kind(device) == "cuda" else "apple"
+            plan = explain_on_paper(checkpoint, GpuTarget(kind, batch_invariant=batch_invariant), context=context)
         except CaptureError as error:
             plan = {"native": False, "fallback_reason": str(error)}
         weights = described(checkpoint)
-        findings, faster = assess(name, weights, plan, limit if isinstance(limit, int) else None, device, free_memory())
+        findings, faster = assess(name, weights, plan, limit if isinstance(limit, int) else None, device, memory_of(device))
         return [*findings, tokenizer(checkpoint)], faster
+
+
+def memory_of(device: str) -> int:
+    """Bytes of memory for a model: an NVIDIA GPU's own where there is one that opens, else what the machine has free."""
+    opened_device = opened(device) if device_kind(device) == "cuda" else None
+    if opened_device is None:
+        return free_memory()
+    with opened_device:
+        return opened_device.memory_left()
 
 
 def tokenizer(checkpoint: Checkpoint) -> Finding:
@@ -93,6 +105,8 @@ def assess(
         faster.append(Finding("device", SLOW, "metal-sim simulates a GPU on the CPU, for tests", "--device host"))
     if device == "metal" and sys.platform != "darwin":
         findings.append(Finding("device", FAIL, "there is no Metal device here", "--device host"))
+    if device.startswith("cuda") and not has_gpu():
+        findings.append(Finding("device", FAIL, "there is no NVIDIA GPU here", "--device host"))
     return findings, faster
 
 
@@ -107,7 +121,7 @@ def memory(weights: int, free: int) -> Finding:
 
 def context(per_token: int, weights: int, limit: int | None, device: str, free: int) -> tuple[Finding, list[Finding]]:
     """per_token: bytes of KV cache in float16."""
-    part = KV_PART.get(device, 0.5)
+    part = KV_PART.get(device_kind(device), 0.5)
     fits = int(max(0, free - weights) * part) // max(1, per_token)
     facts = {"kv_bytes_per_token": per_token, "tokens_that_fit": fits}
     words = f"{per_token / 1024:.1f} KiB of KV cache per token; about {fits:,} tokens fit into {part:g} of what is free then"

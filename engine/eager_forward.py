@@ -100,10 +100,11 @@ class EagerForward:
         sizes = arrays.sizes
         self._model, self._device, self._vocab_size = model, device, sizes.vocab_size
         self._sequences: dict[int, _Sequence] = {}  # by slot
-        self._owner = device.create_buffer(sizes.results * sizes.vocab_size * FLOAT)
-        self._logits = self._owner.numpy(np.float32, (sizes.results, sizes.vocab_size))
+        shape = (sizes.results, sizes.vocab_size)
+        owner = device.create_buffer(shape[0] * shape[1] * FLOAT)
+        self._logits, self._place = owner.numpy(np.float32, shape), Buffer(owner.handle, 0, shape, "float32")
         launches = sample.launches(
-            Buffer(self._owner.handle, 0, (sizes.results, sizes.vocab_size), "float32"),
+            self._place,
             arrays.buffers,
             vocab_size=sizes.vocab_size,
             max_rows=sizes.results,
@@ -112,14 +113,14 @@ class EagerForward:
         )
         self._sampler = device.create_plan(launches, sizes.rows, sizes.results)
 
-    def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, np.ndarray]:
+    def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, Buffer]:
         session.load(step.stage)
         session.settle()  # the sampler of the step before reads the same logits, and this step's tokens may come from it
         at = 0
         for span in step.spans:
             self._run(span, self._logits[at : at + span.results])
             at += span.results
-        return self._sampler, self._logits
+        return self._sampler, self._place
 
     def go_on(self, rows: int, context: int) -> None:
         """mlx-lm's model is given tokens."""

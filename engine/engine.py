@@ -24,7 +24,7 @@ from metalstep.admission import admit
 from metalstep.cache_keeper import CacheKeeper
 from metalstep.engine_stats import Ends, EngineStats, KVUse, StepMeter, StepTimes
 from metalstep.kv_plane import BLOCK_SIZE
-from metalstep.native_model import MAX_RESULTS, MAX_SEQS, PREFILL_ROWS, NativeModel
+from metalstep.native_model import MAX_RESULTS, MAX_SEQS, NativeModel
 from metalstep.request import Request
 from metalstep.running_request import Owner, RunningRequest
 from metalstep.scheduler import GroupSpec, KVBlocks, Schedule, Scheduler, State
@@ -51,14 +51,15 @@ class Engine:
     def __init__(self, native: NativeModel):
         self.native = native
         specs = [GroupSpec(group.window, count) for group, count in zip(native.cache.groups, native.num_blocks, strict=True)]
-        self.blocks = KVBlocks(specs, BLOCK_SIZE, PREFILL_ROWS)
+        self.blocks = KVBlocks(specs, BLOCK_SIZE, native.max_rows)
         self.caches = CacheKeeper(self, native.cache, self.blocks, native.encoding)
         self._scheduler = Scheduler(
             self.blocks,
             max_seqs=MAX_SEQS,
-            max_rows=PREFILL_ROWS,
+            max_rows=native.max_rows,
             max_results=MAX_RESULTS,
             on_evict=self.caches.save,
+            goes_ahead=not native.device.unified,
         )
         self._runner = StepRunner(native)
         self._turn = Turn()
@@ -293,7 +294,7 @@ class Engine:
 
     def _run(self) -> bool:
         began = time.perf_counter_ns()
-        schedule = self._scheduler.schedule()
+        schedule = self._runner.ahead() or self._scheduler.schedule()
         scheduled = time.perf_counter_ns()
         preempted = [(sequence.request.number, len(sequence.tokens)) for sequence in schedule.preempted]
         self._preemptions += len(schedule.preempted)
@@ -303,7 +304,7 @@ class Engine:
             self._fail(schedule.failed)
         if not schedule.entries:
             return bool(schedule.failed)
-        ended = self._runner.run(schedule)
+        ended = self._runner.run(schedule, self._go_ahead if self._scheduler.goes_ahead else None)
         self._scheduler.advance(schedule)
         self.meter.saw(self.used_blocks())
         if self._trace is not None:
@@ -314,6 +315,12 @@ class Engine:
             self._end(running)
         self._measure(schedule, began, scheduled, preempted)
         return True
+
+    def _go_ahead(self, schedule: Schedule) -> Schedule | None:
+        """What follows a schedule that is under way, unless somebody asks for something first."""
+        if self._inbox or self._dropped or self._turn.awaited:
+            return None
+        return self._scheduler.ahead(schedule)
 
     def _measure(self, schedule: Schedule, began: int, scheduled: int, preempted: list[tuple[int, int]]) -> None:
         """Behind a step."""

@@ -78,11 +78,12 @@ def explain_on_paper(
     context: int = 1024,
     scheme: KVScheme = PLAIN,
     strict: bool = False,
+    device: str = "metal",
 ) -> dict[str, Any]:
     """A decode step of `batch` sequences of `context` tokens each as `target` plans it, without its device: nothing is read or run.
 
     Adds to explain_plan's keys what a launch moves and computes (see launch_model.Cost), per launch and in all, and with a chip the time
-    that it is predicted to take. A model that cannot be captured says so in `fallback_reason`.
+    that it is predicted to take. A model that cannot be captured says so in `fallback_reason`. device: the target's, for the report.
     Raises: ValueError for an option; CaptureError with strict.
     """
     from metalstep.native_model import MAX_SEQS  # which imports this module
@@ -94,7 +95,7 @@ def explain_on_paper(
         raise ValueError(f"context is {context}, expected 1 to the model's own limit of {limit} tokens; pass a shorter one")
     model_type = checkpoint.config.get("model_type", "")
     model = build_model(checkpoint)
-    head: dict[str, Any] = {"model_type": model_type, "file_bytes": checkpoint.file_bytes, "device": "metal", "paper": True}
+    head: dict[str, Any] = {"model_type": model_type, "file_bytes": checkpoint.file_bytes, "device": device, "paper": True}
     try:
         captured = capture(model, model_type)
         plan = paper_plan(captured, checkpoint.tensors, target, rows=batch, context=context, scheme=scheme)

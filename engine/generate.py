@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from metalstep.choices import PREFILL_ROWS
 from metalstep.eager_generate import stream_eager
 from metalstep.generate_options import (
     Processor,
@@ -27,7 +28,6 @@ from metalstep.generate_options import (
 )
 from metalstep.grammar import Grammar
 from metalstep.model import Model
-from metalstep.native_model import PREFILL_ROWS
 from metalstep.plan.logits import Logits
 from metalstep.request import PromptLogprob, Request, TokenOutput
 from metalstep.stream import Stream
@@ -96,7 +96,7 @@ def stream_generate(
     logits_processors: list[Processor] | None = None,
     max_kv_size: int | None = None,
     prompt_cache: Any = None,
-    prefill_step_size: int = PREFILL_ROWS,
+    prefill_step_size: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     input_embeddings: mx.array | None = None,
     grammar: Grammar | None = None,
@@ -108,14 +108,14 @@ def stream_generate(
     max_tokens: -1 for no limit but the context. options: the fields of SamplingParams (temp is its temperature). sampler and
     logits_processors: as in mlx-lm; those that sample_utils makes run inside the step, others get the logits in Python, which costs a
     copy of the vocabulary and a native call per token. max_kv_size: positions that a row sees, the first 4 included. prompt_cache:
-    see models.cache; continued in place. prefill_step_size: prompt tokens per step, up to 512. prompt_progress_callback: called with
-    the prompt tokens done and their number. input_embeddings: [prompt length, hidden_size] instead of the model's own. grammar: what
-    may come next.
+    see models.cache; continued in place. prefill_step_size: prompt tokens per step, up to 512 (2048 on an NVIDIA GPU); None: so many.
+    prompt_progress_callback: called with the prompt tokens done and their number. input_embeddings: [prompt length, hidden_size] instead of
+    the model's own. grammar: what may come next.
     Raises: ValueError for bad arguments, NotImplementedError for an mlx-lm argument that is refused, by name.
     """
     sampling = sampling_from(sampler, logits_processors, options)
     limit = max_tokens_from(max_tokens)
-    prefill_rows = prefill_rows_from(prefill_step_size, PREFILL_ROWS if model.native else sys.maxsize)
+    prefill_rows = _prefill_rows(model, prefill_step_size)
     embeddings = embeddings_from(input_embeddings)
     ids = prompt_ids(tokenizer, prompt, may_be_empty=embeddings is not None)
     tokenizer = wrapped(tokenizer)
@@ -141,7 +141,7 @@ def generate_step(
     logits_processors: list[Processor] | None = None,
     max_kv_size: int | None = None,
     prompt_cache: Any = None,
-    prefill_step_size: int = PREFILL_ROWS,
+    prefill_step_size: int | None = None,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     input_embeddings: mx.array | None = None,
     grammar: Grammar | None = None,
@@ -163,7 +163,7 @@ def generate_step(
     stream = _submit(
         "generate_step", model, prompt_ids(None, prompt, may_be_empty=embeddings is not None), sampling, prompt_progress_callback, options,
         max_tokens=1 if prompt_alone else max_tokens_from(max_tokens), embeddings=embeddings, prompt_cache=prompt_cache,
-        max_kv_size=max_kv_size, grammar=grammar, prefill_rows=prefill_rows_from(prefill_step_size, PREFILL_ROWS),
+        max_kv_size=max_kv_size, grammar=grammar, prefill_rows=_prefill_rows(model, prefill_step_size),
     )  # fmt: skip
     return _steps(stream, prompt_cache if prompt_alone else None, prompt_alone)
 
@@ -196,6 +196,12 @@ def _submit(
     pick = sampling.picker(model.native.vocab_size)
     request = Request(ids.tolist(), sampling.params, hand_out_logits=pick is not None, keep_logits=True, **fields)
     return model.engine.submit(request, pick, progress)
+
+
+def _prefill_rows(model: Model, prefill_step_size: int | None) -> int:
+    if model.native is not None:
+        return prefill_rows_from(prefill_step_size, model.native.max_rows)
+    return prefill_rows_from(PREFILL_ROWS if prefill_step_size is None else prefill_step_size, sys.maxsize)
 
 
 def _logprobs(logits: Logits | None) -> mx.array:

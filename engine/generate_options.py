@@ -125,7 +125,9 @@ def max_tokens_from(value: object) -> int | None:
 
 
 def prefill_rows_from(value: object, most: int) -> int:
-    """mlx-lm's prefill_step_size, at most what a step has. Raises: ValueError."""
+    """mlx-lm's prefill_step_size, at most and by default what a step has. Raises: ValueError."""
+    if value is None:
+        return most
     rows = whole_number("prefill_step_size", value)
     if rows < 1:
         raise ValueError(f"prefill_step_size is {rows}, expected an integer above 0")

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 
 from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer
-from metalstep.kernels.native import NativeDevice
+from metalstep.kernels.native import DeviceBuffer, NativeDevice
 
 BLOCK_SIZE = 16  # tokens in a KV block
 STORED = {"float16": np.float16, "bfloat16": np.uint16, "float32": np.float32}  # numpy's dtype of a float codec's elements
@@ -25,28 +26,35 @@ class Plane:
         self.codec, self.dim = codec, dim
         vectors = count * heads * BLOCK_SIZE
         nbytes = vectors * codec.vector_bytes(dim)
-        owner = device.create_buffer(nbytes)
+        owner = device.create_buffer(nbytes, shared=False)
+        self._by_token = by_token
         if codec.is_float:
-            shape = (count, heads, BLOCK_SIZE, dim) if by_token else (count, heads, dim, BLOCK_SIZE)
-            self.buffer = Buffer(owner.handle, 0, shape, codec.name)
-            codes = owner.numpy(STORED[codec.name], shape)
+            width, dtype = dim, np.dtype(STORED[codec.name])
         else:
-            words = codec.words(dim)
-            self.buffer = Buffer(owner.handle, 0, (nbytes,), "uint8")
-            end = 4 * vectors * words
-            codes = owner.numpy(np.uint32, (count, heads, BLOCK_SIZE, words) if by_token else (count, heads, words, BLOCK_SIZE))
-            if codec.is_turbo:
-                self._scales = owner.numpy(np.dtype(codec.norm_dtype), (count, heads, BLOCK_SIZE, 1), end)
-            else:
-                self._scales = np.moveaxis(owner.numpy(np.float16, (count, heads, codec.groups(dim), 2, BLOCK_SIZE), end), -1, 2)
-        self._codes = codes if by_token else codes.swapaxes(2, 3)
+            width, dtype = codec.words(dim), np.dtype(np.uint32)
+        block: tuple[int, ...] = (heads, BLOCK_SIZE, width) if by_token else (heads, width, BLOCK_SIZE)
+        self._codes = Part(owner, 0, count, block, dtype)
+        if codec.is_float:
+            self.buffer = Buffer(owner.handle, 0, (count, *block), codec.name)
+            return
+        self.buffer = Buffer(owner.handle, 0, (nbytes,), "uint8")
+        if codec.is_turbo:
+            block, dtype = (heads, BLOCK_SIZE, 1), np.dtype(codec.norm_dtype)
+        else:
+            block, dtype = (heads, codec.groups(dim), 2, BLOCK_SIZE), np.dtype(np.float16)
+        self._scales = Part(owner, 4 * vectors * width, count, block, dtype)
+
+    @property
+    def _parts(self) -> list[Part]:
+        return [self._codes] if self.codec.is_float else [self._codes, self._scales]
 
     def read(self, blocks: list[int]) -> np.ndarray:
         """A copy of these blocks."""
-        codes = np.ascontiguousarray(self._codes[blocks])
+        codes = np.ascontiguousarray(self._vectors(self._codes.read(blocks)))
         if self.codec.is_float:
             return codes
-        scales = np.ascontiguousarray(self._scales[blocks])
+        scales = self._scales.read(blocks)
+        scales = scales if self.codec.is_turbo else np.ascontiguousarray(np.moveaxis(scales, -1, 2))
         lead = codes.shape[:3]
         parts = [part.reshape(*lead, math.prod(part.shape[3:])).view(np.uint8) for part in (codes, scales)]
         return np.concatenate(parts, axis=3)
@@ -54,14 +62,70 @@ class Plane:
     def write(self, blocks: list[int], vectors: np.ndarray) -> None:
         """What `read` gave."""
         if self.codec.is_float:
-            self._codes[blocks] = vectors
+            self._codes.write(blocks, self._vectors(vectors))
             return
         end = self.codec.code_bytes(self.dim)
-        self._codes[blocks] = np.ascontiguousarray(vectors[..., :end]).view(np.uint32)
+        self._codes.write(blocks, self._vectors(np.ascontiguousarray(vectors[..., :end]).view(np.uint32)))
         scales = np.ascontiguousarray(vectors[..., end:]).view(self._scales.dtype)
-        self._scales[blocks] = scales.reshape(*scales.shape[:3], *self._scales.shape[3:])
+        if not self.codec.is_turbo:
+            scales = np.moveaxis(scales.reshape(*scales.shape[:3], -1, 2), 2, -1)
+        self._scales.write(blocks, scales)
 
     def copy(self, source: int, target: int) -> None:
-        self._codes[target] = self._codes[source]
-        if not self.codec.is_float:
-            self._scales[target] = self._scales[source]
+        for part in self._parts:
+            part.copy(source, target)
+
+    def _vectors(self, codes: np.ndarray) -> np.ndarray:
+        """Codes as they lie in the plane, with the tokens' axis before the elements'; and back."""
+        return codes if self._by_token else codes.swapaxes(2, 3)
+
+
+class Part:
+    """`count` blocks of one shape that lie one behind the other in a buffer, from byte `offset` on.
+
+    Where the host does not see the buffer, blocks go through the device's queue, those that are neighbours together.
+    """
+
+    def __init__(self, owner: DeviceBuffer, offset: int, count: int, block: tuple[int, ...], dtype: np.dtype):
+        self.dtype = dtype
+        self._owner, self._offset, self._block = owner, offset, block
+        self._nbytes = math.prod(block) * dtype.itemsize  # of a block
+        self._view = owner.numpy(dtype, (count, *block), offset) if owner.device.unified else None
+
+    def read(self, blocks: list[int]) -> np.ndarray:
+        """Copies, [blocks, *block]."""
+        if self._view is not None:
+            return self._view[blocks]
+        found = np.empty((len(blocks), *self._block), self.dtype)
+        for first, count in _neighbours(blocks):
+            at = self._offset + blocks[first] * self._nbytes
+            found[first : first + count] = self._owner.read(self.dtype, (count, *self._block), at)
+        return found
+
+    def write(self, blocks: list[int], values: np.ndarray) -> None:
+        """values: [blocks, *block]."""
+        if self._view is not None:
+            self._view[blocks] = values
+            return
+        values = np.ascontiguousarray(values, self.dtype)
+        for first, count in _neighbours(blocks):
+            self._owner.write(values[first : first + count], self._offset + blocks[first] * self._nbytes)
+
+    def copy(self, source: int, target: int) -> None:
+        """One block over another."""
+        if self._view is not None:
+            self._view[target] = self._view[source]
+            return
+        places = [
+            Buffer(self._owner.handle, self._offset + block * self._nbytes, (self._nbytes,), "uint8") for block in (source, target)
+        ]
+        self._owner.device.copy(*places)
+
+
+def _neighbours(blocks: list[int]) -> Iterator[tuple[int, int]]:
+    """Where runs of consecutive numbers begin in the list, and how long they are."""
+    first = 0
+    for i in range(1, len(blocks) + 1):
+        if i == len(blocks) or blocks[i] != blocks[i - 1] + 1:
+            yield first, i - first
+            first = i

@@ -9,11 +9,11 @@ UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "m
 EXPECTED = "expected bytes (2_000_000_000), a size ('2GB', '1.5GiB'), or a fraction of the free memory (0.5)"
 
 
-def memory_size(name: str, value: object, device_free: int | None = None) -> int:
+def memory_size(name: str, value: object, device_free: int | None = None, *, separate: bool = False) -> int:
     """Bytes of `value`: a whole number of bytes, text with a unit, or a float up to 1 as a fraction of what is free now.
 
     device_free: bytes that the device may still take, where it has a limit of its own; a fraction is of these, or of what the machine
-    has free if that is less.
+    has free if that is less. separate: they are no part of the machine's memory, and a fraction is of these alone.
     Raises: ValueError naming the option.
     """
     if isinstance(value, str):
@@ -23,10 +23,17 @@ def memory_size(name: str, value: object, device_free: int | None = None) -> int
         elif match:
             value = float(match[1]) if "." in match[1] else int(match[1])
     if isinstance(value, float) and 0 < value <= 1:
-        return int(min(free_memory(), free_memory() if device_free is None else device_free) * value)
+        return int(memory_for(device_free, separate=separate) * value)
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         raise ValueError(f"{name} is {value!r}, {EXPECTED}")
     return value
+
+
+def memory_for(device_free: int | None, *, separate: bool = False) -> int:
+    """Bytes that buffers of a device can take; see memory_size."""
+    if device_free is None:
+        return free_memory()
+    return device_free if separate else min(free_memory(), device_free)
 
 
 def free_memory() -> int:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,7 @@ from metalstep.capture import CaptureError, capture
 from metalstep.checkpoint import Checkpoint, build_model, load_weights_eager, open_checkpoint
 from metalstep.choices import DEFAULT_DEVICE as DEFAULT_DEVICE
 from metalstep.choices import DEVICES as DEVICES
+from metalstep.choices import device_kind
 from metalstep.engine import Engine
 from metalstep.kernels.linear import ARITHMETIC
 from metalstep.kernels.native import KernelError, NativeDevice, NativeUnavailable
@@ -23,6 +25,8 @@ from metalstep.native_model import NativeModel
 from metalstep.plan.host_target import HostTarget
 from metalstep.plan.target import Target
 from metalstep.token_ids import batch_ids, check_tokens
+
+logger = logging.getLogger("metalstep")
 
 
 class Model:
@@ -160,16 +164,17 @@ def load(
     path_or_hf_repo: "smollm2" (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory or a Hugging Face id of an mlx-lm model
     (docs/models.md). revision: branch, tag or commit of a Hugging Face id. quantize: "4bit", "8bit", "4bit:32", "mxfp4", "mixed_4_6", ...:
     quantise a floating-point model while it is loaded, to the bits that `metalstep convert` would write.
-    device: "metal" (an Apple GPU), "host" (the native step on the CPU), "metal-sim" (the GPU's shaders simulated on the CPU: for tests,
-    slow) or "eager" (mlx-lm's own graph); None takes "metal" on a Mac and "host" elsewhere. threads: of the host device; None takes what
-    the process may use. strict: raise instead of falling back to eager MLX. arithmetic: of the host device, "int16" (near-exact) or
-    "int8" (faster with many rows, less exact). batch_invariant: a request's logits are the same bits whatever else is in its batch;
-    always so on the host device, slower on a GPU. kv_dtype: float16, bfloat16 or float32, of keys and values that are not encoded.
+    device: "metal" (an Apple GPU), "cuda" (an NVIDIA GPU, "cuda:1" the second one), "host" (the native step on the CPU), "metal-sim" (the
+    GPU's shaders simulated on the CPU: for tests, slow) or "eager" (mlx-lm's own graph); None takes "metal" on a Mac and "host" elsewhere.
+    threads: of the host device; None takes what the process may use. strict: raise instead of falling back to eager MLX. arithmetic: of
+    the host device, "int16" (near-exact) or "int8" (faster with many rows, less exact). batch_invariant: a request's logits are the same
+    bits whatever else is in its batch; always so on the host device, slower on a GPU. kv_dtype: float16, bfloat16 or float32, of keys and
+    values that are not encoded.
     kv_scheme: none, or how the KV cache is encoded: affine8, turbo8v4, turbo4, turbo4v2, ... (docs/turboquant.md; kv_bits, kv_norm_dtype,
     kv_scale, kv_boundary, kv_key_center: see kv_scheme.parse); a model that would run eagerly is refused then.
     max_context: tokens of the longest sequence, at most the model's limit; None takes that limit or what fits. kv_memory: of the KV
-    cache, in bytes, as text ("8GB"), or a fraction of the free memory; None takes half of it (a quarter on a GPU), or what 64 sequences
-    of max_context need if that is less. The host device takes memory when it is first written.
+    cache, in bytes, as text ("8GB"), or a fraction of the free memory; None takes half of it (a quarter on an Apple GPU, nine tenths on an
+    NVIDIA one), or what 64 sequences of max_context need if that is less. The host device takes memory when it is first written.
     tokenizer_config, model_config: overrides of the files' own, as in mlx-lm. lazy has no effect: weights are packed when loaded.
     Returns: (Model, mlx-lm TokenizerWrapper), and with return_config the config as a third.
     Raises: CheckpointError for files that cannot be used; CaptureError and KernelError with strict; ValueError for an option.
@@ -216,8 +221,7 @@ def load(
 
 def make_target(device: str, *, threads: int | None, arithmetic: str, batch_invariant: bool) -> Target | None:
     """What `device` asks for; None for eager. The options are `load`'s. Raises: ValueError for one that does not fit."""
-    if device not in DEVICES:
-        raise ValueError(f"device is {device!r}, expected one of {', '.join(DEVICES)}")
+    kind = device_kind(device)
     if arithmetic not in tuple(ARITHMETIC):
         raise ValueError(f"arithmetic is {arithmetic!r}, expected one of {', '.join(ARITHMETIC)}")
     if not isinstance(batch_invariant, bool):
@@ -235,7 +239,28 @@ def make_target(device: str, *, threads: int | None, arithmetic: str, batch_inva
         raise ValueError(f"threads is {threads} on {device}; it is an option of the host device")
     from metalstep.plan.gpu_target import GpuTarget
 
-    return GpuTarget(batch_invariant=batch_invariant)
+    return GpuTarget("nvidia" if kind == "cuda" else "apple", batch_invariant=batch_invariant)
+
+
+def open_device(name: str, threads: int, target: Target) -> NativeDevice:
+    """Open a device that runs natively, and let its target use what was measured on it and what is installed for it.
+
+    Raises: as NativeDevice.open.
+    """
+    device = NativeDevice.open(name, threads)
+    if device_kind(name) == "host":
+        return device
+    from metalstep.plan.gpu_target import GpuTarget
+    from metalstep.tuning_files import use_tuning
+
+    use_tuning(device.info.name)
+    if isinstance(target, GpuTarget) and target.library:
+        try:
+            device.kernel("library_gemm")
+        except ValueError as error:  # says what is missing; kernels of our own do the same, with long prompts more slowly
+            logger.info("%s", error)
+            target.library = False
+    return device
 
 
 def check_scheme(scheme: KVScheme, device: str) -> None:
@@ -264,7 +289,7 @@ def _native(
 ) -> tuple[NativeModel | None, str | None]:
     """The native model, or None and why not (after one warning). options: of NativeModel.allocate_memory."""
     try:
-        device = NativeDevice.open(device_name, threads or 0)
+        device = open_device(device_name, threads or 0, target)
     except NativeUnavailable as error:
         return None, why_eager(error, device_name, "", strict=strict, scheme=scheme)
     model_type = checkpoint.config.get("model_type", "the model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -23,6 +23,7 @@ from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.kv_scheme import PLAIN, KVScheme
 from metalstep.memory_size import memory_size
 from metalstep.plan.lower import lower
+from metalstep.plan.paper import PaperDevice
 from metalstep.plan.plan import Plan
 from metalstep.plan.request_slots import RequestSlots
 from metalstep.plan.step_arrays import StepArrays, StepSizes, StepStage
@@ -61,6 +62,7 @@ class NativeModel:
     ):
         self.device = device
         self.target = target
+        self.max_rows = target.max_rows  # of a step
         self._captured = captured
         self._graph = captured.graph(*ANY_ROWS)
         self._lock = threading.Lock()  # of plans
@@ -100,20 +102,25 @@ class NativeModel:
         """
         self.groups = groups or self.groups
         self.num_blocks, self.max_context = num_blocks, max_context
-        self.cache = PagedKVCache(
-            self.device,
+        self.cache = self._cache(self.device, num_blocks, one_pool)
+        self.arrays = StepArrays(self.device, self._sizes(max_seqs, max_context))
+        self.slots = RequestSlots(self.arrays)
+        self.decode_plan = self.plan_for(1, decode=True)
+
+    def _cache(self, device: NativeDevice, num_blocks: list[int], one_pool: bool = False) -> PagedKVCache:
+        return PagedKVCache(
+            device,
             self.groups,
             num_blocks,
             keys_by_token=self.target.keys_by_token,
             one_pool=one_pool,
             key_means=self.key_means,
         )
-        self.arrays = StepArrays(
-            self.device,
-            step_sizes(max_seqs, len(self.groups), max_context, self.vocab_size, hidden_size=embedding_size(self._graph)),
+
+    def _sizes(self, max_seqs: int, max_context: int) -> StepSizes:
+        return step_sizes(
+            max_seqs, len(self.groups), max_context, self.vocab_size, rows=self.max_rows, hidden_size=embedding_size(self._graph)
         )
-        self.slots = RequestSlots(self.arrays)
-        self.decode_plan = self.plan_for(1, decode=True)
 
     def _memory_left(self, weight_bytes: int) -> int | None:
         """What the weights leave of the device's memory; None where it has no limit of its own."""
@@ -138,9 +145,15 @@ class NativeModel:
         context = max_context or self.model_context or DEFAULT_CONTEXT
         if self.model_context and context > self.model_context:
             raise ValueError(f"max_context is {max_context}, expected at most the model's own limit of {self.model_context} tokens")
-        budget = memory_size("kv_memory", self.target.kv_memory if kv_memory is None else kv_memory, self.memory_left)
+        separate, left = not self.device.unified, self.memory_for_cache(context)
+        budget = memory_size("kv_memory", self.target.kv_memory if kv_memory is None else kv_memory, left, separate=separate)
+        if separate and left is not None and budget > left:
+            raise ValueError(
+                f"kv_memory is {kv_memory!r}, {budget:,} bytes, and {self.device.info.name} has {left:,} left beside the weights and a "
+                "step's values; load with a smaller kv_memory, or a model of fewer bits"
+            )
         capacity = cache_capacity(
-            self.groups, budget=budget, context=context, max_seqs=MAX_SEQS, chunk=PREFILL_ROWS
+            self.groups, budget=budget, context=context, max_seqs=MAX_SEQS, chunk=self.max_rows
         )
         need = context if max_context else min(context, BLOCK_SIZE)
         if capacity.tokens < need:
@@ -150,6 +163,27 @@ class NativeModel:
                 f"larger kv_memory{' or a smaller max_context' if max_context else ''}"
             )
         self.allocate(capacity.num_blocks, max_context=min(context, capacity.tokens))
+
+    def memory_for_cache(self, context: int | None = None) -> int | None:
+        """Bytes that a cache can have, for sequences of up to `context` tokens; None where the device has no limit of its own.
+
+        Of a device with memory of its own: what the weights, which are loaded now, and the steps' values leave. For before `allocate`.
+        Raises: CaptureError for an operation without a kernel.
+        """
+        if self.device.unified:
+            return self.memory_left
+        context = context or self.model_context or DEFAULT_CONTEXT
+        paper = PaperDevice(self.device.kind)
+        device = cast(NativeDevice, paper)
+        planes = self._cache(device, [1 for _ in self.groups]).planes
+        memory, arrays = StepMemory(device), StepArrays(device, self._sizes(MAX_SEQS, context))
+        for rows, decode in ((self.max_rows, False), (MAX_SEQS, True)):  # the others' values lie in the same memory
+            shape = self.target.plan_shape(rows, decode=decode, context=context)
+            try:
+                lower(self._graph_of(shape), memory, self.weights, planes, arrays, shape, self.target)
+            except ValueError as error:  # see _make_plan
+                raise CaptureError(str(error)) from error
+        return max(0, self.device.memory_left() - paper.nbytes)
 
     def plan(self, shape: PlanShape) -> Plan:
         """The plan for steps of this shape; made on first use."""
@@ -162,15 +196,18 @@ class NativeModel:
             return self._plans[shape]
 
     def _make_plan(self, shape: PlanShape) -> Plan:
-        fusion = self.target.fusion(shape)
-        if self.key_means:  # keys are centred in the launch before attention
-            fusion = replace(fusion, attention=False)
-        graph = self._captured.graph(*ANY_ROWS, fusion)
+        graph = self._graph_of(shape)
         try:
             lowered = lower(graph, self._memory, self.weights, self.cache.planes, self.arrays, shape, self.target)
             return Plan(self.device, lowered, self.arrays, shape)
         except ValueError as error:  # the model's sizes: nobody has given any others
             raise CaptureError(str(error)) from error
+
+    def _graph_of(self, shape: PlanShape) -> Graph:
+        fusion = self.target.fusion(shape)
+        if self.key_means:  # keys are centred in the launch before attention
+            fusion = replace(fusion, attention=False)
+        return self._captured.graph(*ANY_ROWS, fusion)
 
     def plan_for(self, rows: int, *, decode: bool = False, context: int = 0) -> Plan:
         """The device's plan for a step of so many rows. decode: each of another sequence; context: tokens of the longest."""
@@ -181,7 +218,8 @@ class NativeModel:
 
         stages: where the steps' inputs come from, where they do.
         """
-        for shape in self.target.warm_shapes(rows, self.max_context):
+        shapes = self.target.warm_shapes(rows, self.max_context)
+        for shape in sorted(shapes, key=lambda shape: -shape.tokens):  # so that the smaller ones' values lie in the memory of the larger
             plan = self.plan(shape)
             try:
                 plan.compile(stages)
@@ -240,13 +278,15 @@ def _encoding(scheme: KVScheme, groups: list[CacheGroup], means: key_means.Means
     return text + (f", keys less the means {key_means.fingerprint(means)}" if means else "")
 
 
-def step_sizes(seqs: int, groups: int, context: int, vocab_size: int, *, hidden_size: int = 1) -> StepSizes:
-    """Of the arrays that a model's steps share. hidden_size: of a token's own embedding; 1 where nobody reads one."""
+def step_sizes(
+    seqs: int, groups: int, context: int, vocab_size: int, *, rows: int = PREFILL_ROWS, hidden_size: int = 1
+) -> StepSizes:
+    """Of the arrays that a model's steps share. rows: of a step. hidden_size: of a token's own embedding; 1 where nobody reads one."""
     return StepSizes(
-        rows=PREFILL_ROWS,
+        rows=rows,
         results=MAX_RESULTS,
         seqs=seqs,
-        steps=MAX_STEPS,
+        steps=2 * MAX_STEPS,  # of a run, and of the next one that is queued already
         top=MAX_LOGPROBS,
         groups=groups,
         block_size=BLOCK_SIZE,

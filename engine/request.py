@@ -25,8 +25,8 @@ class Request:
     own; with an empty prompt, any number of rows, for which no tokens are known. prompt_cache: continues its sequence and is left with
     the longer one. max_kv_size: positions that a row sees, the first 4 of them those of the beginning; None: all. grammar: what may
     come next. hand_out_logits: the caller picks the tokens (see Stream). keep_logits: every token comes with its row of logits.
-    decode_steps: tokens that may come at once, up to 32; fewer native calls, later delivery. prefill_rows: prompt tokens of a step, up
-    to 512.
+    decode_steps: tokens that may come at once, up to 32; fewer native calls, later delivery. prefill_rows: prompt tokens of a step; None:
+    as many as a step of the device has.
     """
 
     prompt: list[int]
@@ -40,7 +40,7 @@ class Request:
     hand_out_logits: bool = False
     keep_logits: bool = False
     decode_steps: int = STREAMED_STEPS
-    prefill_rows: int = 512
+    prefill_rows: int | None = None
 
 
 @dataclass(slots=True)

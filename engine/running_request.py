@@ -40,6 +40,7 @@ class RunningRequest:
     that hands out logits its sequence's tokens, and `error`. `restore` makes the rest fit them.
     number: its own in this process. times: where steps are traced.
     cache: continued by this request. before: tokens that it had. collect: wants the logits of every position instead of tokens.
+    steady: it goes on whatever its tokens are, unless one ends it. plain: besides, a token is all that a step's result means.
     """
 
     __slots__ = (
@@ -56,11 +57,13 @@ class RunningRequest:
         "outputs",
         "owner",
         "picked",
+        "plain",
         "prompt_logprobs",
         "record",
         "released",
         "request",
         "sequence",
+        "steady",
         "taken",
         "times",
     )
@@ -74,6 +77,8 @@ class RunningRequest:
         self.cache: PromptCache | None = request.prompt_cache
         self.before = sequence.prompt_len - len(request.prompt)
         self.collect = collect
+        self.steady = not (collect or request.hand_out_logits or request.grammar is not None)
+        self.plain = self.steady and not request.keep_logits and not request.sampling.logprobs
         self.outputs: list[TokenOutput | None] = []  # None: taken
         self.taken = 0
         self.handed: tuple[int, np.ndarray] | None = None  # a place in the sequence, and the logits to choose its token from
@@ -115,6 +120,14 @@ class RunningRequest:
         self.outputs[index] = None  # its logits go when the caller drops them
         assert output is not None
         return output
+
+    def take_all(self) -> list[TokenOutput]:
+        """All outputs that are there, for the caller."""
+        first = self.taken
+        outputs = self.outputs[first:]
+        self.taken = first + len(outputs)
+        self.outputs[first : self.taken] = [None] * len(outputs)
+        return outputs  # type: ignore[return-value]  # none of them was taken
 
     def finish_reason(self, token: int, count: int) -> str | None:
         """Why the text ends with `token`, the `count`-th of prompt and output together; None: it goes on."""

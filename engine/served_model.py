@@ -15,7 +15,7 @@ from metalstep.kv_cache import CacheGroup, SchemeError
 from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.kv_scheme import PLAIN, KVScheme
 from metalstep.memory_size import free_memory
-from metalstep.model import DEFAULT_DEVICE, check_scheme, eager_dtype, make_target, why_eager
+from metalstep.model import DEFAULT_DEVICE, check_scheme, eager_dtype, make_target, open_device, why_eager
 from metalstep.native_model import MAX_SEQS, NativeModel
 from metalstep.plan.paper import paper_plan
 from metalstep.plan.target import Target
@@ -59,7 +59,7 @@ class ServedModel:
             self._skeleton = build_model(self._checkpoint)
             if target is not None:
                 captured = capture(self._skeleton, self.model_type)
-                device_opened = NativeDevice.open(self.device_name, self._threads)
+                device_opened = open_device(self.device_name, self._threads, target)
                 self._check_plan(captured, target)
                 self._native = NativeModel(captured, self._checkpoint, device_opened, target, scheme)
                 self.fallback_reason = None
@@ -94,13 +94,16 @@ class ServedModel:
     def kv_bytes_per_token(self) -> int:
         return sum(group.token_bytes for group in self.groups)
 
-    def kv_memory(self) -> int:
-        """Bytes for a KV cache when nobody says: the part of the free memory that `metalstep.load` takes too."""
+    def kv_memory(self, part: float | None = None) -> int:
+        """Bytes for a KV cache. part: of the memory that is free behind the weights; None: what `metalstep.load` takes when nobody says."""
         if self._native is None:
-            return free_memory() // 4
-        left = self._native.memory_left
+            return int(free_memory() * (0.25 if part is None else part))
+        left = self._native.memory_for_cache()
+        part = self._native.target.kv_memory if part is None else part
+        if not self._native.device.unified:
+            return int((left or 0) * part)
         free = free_memory() - self.weight_bytes
-        return int((free if left is None else min(free, left)) * self._native.target.kv_memory)
+        return int((free if left is None else min(free, left)) * part)
 
     def allocate(self, num_blocks: int, *, max_context: int, max_seqs: int, groups: Sequence[CacheGroup] | None = None) -> StepSession:
         """Make the cache and what runs on it: once.

@@ -2,12 +2,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 from metalstep.kernels import params
 from metalstep.native_model import NativeModel
-from metalstep.plan.plan import Plan
+from metalstep.plan.plan import Part, Plan, Run
 from metalstep.plan.step_arrays import Records, StepBatch, join_records
 from metalstep.request import PromptLogprob, TokenOutput
 from metalstep.running_request import RunningRequest
@@ -23,6 +25,15 @@ FAILURES = {
 }
 
 
+@dataclass
+class Ahead:
+    """A run that was queued before its turn. going_on: its requests by rows, None for those that have ended since."""
+
+    schedule: Schedule
+    run: Run
+    going_on: list[RunningRequest | None]
+
+
 class StepRunner:
     """Runs schedules on the native model. steps (native calls), prompt_tokens, cached_tokens and generated_tokens count since the start.
 
@@ -34,6 +45,8 @@ class StepRunner:
         self._native, self._arrays, self._slots = native, native.arrays, native.slots
         self._fence = native.device.create_plan([], 1, 1)
         self._loaded = False  # the arrays hold the next step of the last schedule, if that was a decode
+        self._ahead: Ahead | None = None
+        self._taken_up: Ahead | None = None  # by `ahead`
         self.held_back: list[RunningRequest] = []  # by the latest step: they wait for their callers
         self.steps = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.prepared = self.submitted = self.done = 0
@@ -42,11 +55,51 @@ class StepRunner:
 
     def drain(self) -> None:
         """Let what an interrupted step left in the device's queue finish, and forget what the arrays hold."""
-        self._loaded = False
+        self._loaded, self._ahead, self._taken_up = False, None, None
         self._fence.wait(self._fence.run(1))
+        self._arrays.rewind()
 
-    def run(self, schedule: Schedule) -> list[RunningRequest]:
-        """Run the schedule's rows and hand the results out; returns the requests that have ended."""
+    def ahead(self) -> Schedule | None:
+        """The schedule that is under way already, which `run` is for next; None: there is none, or nobody wants what it gives any more."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None:
+            return None
+        entries = zip(ahead.schedule.entries, ahead.going_on, strict=True)
+        ahead.going_on = [running if entry.sequence.request is running else None for entry, running in entries]
+        if not any(running is not None for running in ahead.going_on):
+            return None
+        self._taken_up = ahead
+        return ahead.schedule
+
+    def run(self, schedule: Schedule, more: Callable[[Schedule], Schedule | None] | None = None) -> list[RunningRequest]:
+        """Run the schedule's rows and hand the results out; returns the requests that have ended.
+
+        more: says what surely follows a schedule. It is queued while the last results of this one are not there yet, so that the device
+        has something to do while they are handed out, and waits for `ahead`.
+        """
+        self.held_back = []
+        self.steps += 1
+        taken_up, self._taken_up = self._taken_up, None
+        if taken_up is None or taken_up.schedule is not schedule:
+            going_on: list[RunningRequest | None] = [entry.sequence.request for entry in schedule.entries]
+            run = self._start(schedule)
+        else:
+            run, going_on = taken_up.run, taken_up.going_on
+            self.prepared = time.perf_counter_ns()
+        ended: list[RunningRequest] = []
+        for part in run.parts:
+            if more is not None and part is run.parts[-1]:
+                self._go_ahead(schedule, run, going_on, more)
+            run.wait(part)
+            self.done = time.perf_counter_ns()
+            ended += self._take_decoded(going_on, run, part) if schedule.decode else self._take_mixed(schedule, run, part.row)
+        self.submitted = min(max(run.submitted, self.prepared), self.done)
+        grammars = any(running is not None and running.request.grammar is not None for running in going_on)
+        self._loaded = schedule.decode and not grammars and self._ahead is None
+        return ended
+
+    def _start(self, schedule: Schedule) -> Run:
+        """Put everything in place and queue it."""
         for sequence in schedule.admitted:
             self._fill_slot(sequence)
         for sequence in schedule.restored:
@@ -59,33 +112,45 @@ class StepRunner:
             self._continue(schedule)
         else:
             self._load(schedule)
-        context = max(entry.first + entry.count for entry in schedule.entries) + schedule.steps - 1
-        plan = self._native.plan_for(schedule.rows, decode=schedule.decode, context=context)
-        self.steps += 1
-        self.held_back = []
-        self._loaded = False
+        plan = self._plan(schedule)
+        self._loaded, self.launch_times = False, []
         self.prepared = time.perf_counter_ns()
-        if self.time_launches and schedule.steps == 1:
-            self._profile(plan)
-        else:
-            self.launch_times = []
-            plan.replay(schedule.steps)
-        self.done = time.perf_counter_ns()
-        self.submitted = min(max(plan.submitted, self.prepared), self.done)
-        self._loaded = schedule.decode and not any(entry.sequence.request.request.grammar for entry in schedule.entries)
-        return self._take_decoded(schedule, plan) if schedule.decode else self._take_mixed(schedule, plan)
-
-    def _profile(self, plan: Plan) -> None:
-        """The same step, which waits for each of its launches."""
-        times = plan.profile()
+        if not self.time_launches or schedule.steps > 1:
+            return plan.start(schedule.steps)
+        run, times = plan.profiled()  # which waits for each launch
         self.launch_times = [(e.launch.kernel, " ".join(e.ops), ns) for e, ns in zip(plan.launches, times, strict=True)]
+        return run
+
+    def _plan(self, schedule: Schedule) -> Plan:
+        context = max(entry.first + entry.count for entry in schedule.entries) + schedule.steps - 1
+        return self._native.plan_for(schedule.rows, decode=schedule.decode, context=context)
+
+    def _go_ahead(
+        self, schedule: Schedule, run: Run, going_on: list[RunningRequest | None], more: Callable[[Schedule], Schedule | None]
+    ) -> None:
+        """Queue what follows, if every request goes on and nothing is done between two steps for any of them. The device has made its
+        inputs when its turn comes, but for the ends of tables that grow."""
+        kept = len(run.parts) == 1 and run.plan.shape.tokens == 1  # logits: they have a place that the next run leaves alone
+        for running in going_on:
+            if running is None or not running.steady or running.error is not None:
+                return
+            if running.request.keep_logits and not (kept and running.taken == len(running.outputs)):
+                return
+        following = more(schedule)
+        if following is None:
+            return
+        for sequence in following.grown:
+            self._write_tables(sequence)
+        if following.grown:
+            limits = [entry.limit for entry in following.entries]
+            self._arrays.edit(self._arrays.limits[: len(limits)])[:] = limits
+        self._ahead = Ahead(following, self._plan(following).start(following.steps), list(going_on))
 
     def _continue(self, schedule: Schedule) -> None:
         """The arrays hold this step's rows already: step_advance wrote them, up to the ends of the tables that it knew."""
-        entries = schedule.entries
-        self._arrays.limits[: len(entries)] = [entry.limit for entry in entries]
         if schedule.grown:
-            self._arrays.place([entry.first for entry in entries])
+            entries = schedule.entries
+            self._arrays.move_on([entry.first for entry in entries], [entry.limit for entry in entries])
 
     # ---- before ------------------------------------------------------------------------------------------------------------
     def _load(self, schedule: Schedule) -> None:
@@ -117,7 +182,8 @@ class StepRunner:
         if before:  # penalties see this request's tokens, not what its prompt cache had
             tokens = [-1] * before + tokens[before:]
         running.record = self._slots.fill(sequence.slot, request.sampling, tokens, sequence.prompt_len, request.stop_token_ids)
-        self._arrays.sequences[sequence.slot] = (sequence.window, sequence.keep)
+        place = self._arrays.sequences[sequence.slot : sequence.slot + 1]
+        self._arrays.edit(place)[0] = (sequence.window, sequence.keep)
         if running.cached_tokens < 0:
             running.cached_tokens = sequence.num_cached
             self.cached_tokens += sequence.num_cached
@@ -129,15 +195,16 @@ class StepRunner:
 
     def _write_tables(self, sequence: Sequence) -> None:
         for group, table in enumerate(sequence.tables):
-            self._arrays.block_tables[group, sequence.slot, : len(table)] = table
+            self._arrays.edit(self._arrays.block_tables[group, sequence.slot, : len(table)])[:] = table
 
     def _own_embeddings(self, sequence: Sequence, tokens: list[int], row: int, first: int, count: int) -> None:
         embeddings = sequence.request.request.embeddings
         begin = sequence.prompt_len - len(embeddings)  # behind what a prompt cache holds
-        for i in range(max(first, begin), min(first + count, sequence.prompt_len)):
-            at = row + i - first
-            self._arrays.embeddings[at] = embeddings[i - begin]
-            tokens[at] = -(at + 1)
+        start, end = max(first, begin), min(first + count, sequence.prompt_len)
+        places = range(row + start - first, row + max(start, end) - first)
+        own = self._arrays.edit(self._arrays.embeddings[places.start : places.stop])
+        own[:] = embeddings[start - begin : start - begin + len(places)]
+        tokens[places.start : places.stop] = [-(at + 1) for at in places]
 
     def _records(self, running: RunningRequest, entry: Entry) -> Records:
         """SAMPLING records of an entry's result rows: prompt rows report on the next prompt token, the last row may sample."""
@@ -157,30 +224,35 @@ class StepRunner:
         grammar, row = running.request.grammar, self._slots.grammar_row(running.sequence.slot)
         assert grammar is not None
         try:
-            grammar.fill_bitmask(self._arrays.masks[row])
+            grammar.fill_bitmask(self._arrays.edit(self._arrays.masks[row]))
             running.record["grammar"] = row + 1
         except Exception as error:  # the caller's code: its own request alone ends
             running.error = error
             running.record["grammar"] = 0
 
     # ---- behind ------------------------------------------------------------------------------------------------------------
-    def _take_decoded(self, schedule: Schedule, plan: Plan) -> list[RunningRequest]:
-        """Results of decode steps: up to K tokens for each request."""
+    def _take_decoded(self, going_on: list[RunningRequest | None], run: Run, part: Part) -> list[RunningRequest]:
+        """Results of decode steps. going_on: the step's requests, None for those that have ended."""
         ended = []
-        count = len(schedule.entries)
-        steps = [self._arrays.sampled[k, :count].tolist() for k in range(schedule.steps)]
-        for i, entry in enumerate(schedule.entries):
-            running = entry.sequence.request
-            for k, results in enumerate(steps):
-                if self._take(running, results[i], plan, k, i):
-                    ended.append(running)
-                    break
+        results = self._arrays.sampled[part.row : part.row + part.steps, : len(going_on)].T.tolist()
+        for i, running in enumerate(going_on):
+            if running is None:
+                continue
+            if running.plain and running.error is None:
+                over = self._take_plain(running, results[i])
+            else:
+                over = any(self._take(running, result, run, step, i) for step, result in enumerate(results[i], part.row))
+            if over:
+                ended.append(running)
+                going_on[i] = None
         return ended
 
-    def _take_mixed(self, schedule: Schedule, plan: Plan) -> list[RunningRequest]:
-        """Results of a step with prompts in it."""
+    def _take_mixed(self, schedule: Schedule, run: Run, at: int) -> list[RunningRequest]:
+        """Results of a step with prompts in it, in row `at` of the arrays."""
         ended, row = [], 0
-        results = self._arrays.sampled[0, : schedule.results].tolist()
+        results = self._arrays.sampled[at, : schedule.results].tolist()
+        collects = any(entry.sequence.request.collect for entry in schedule.entries)
+        logits = run.plan.logits(0, schedule.results, place=run.place) if collects else None
         for entry in schedule.entries:
             sequence = entry.sequence
             running: RunningRequest = sequence.request
@@ -189,28 +261,49 @@ class StepRunner:
             for position in range(first, first + entry.wanted):
                 sampled = entry.samples and position == first + entry.wanted - 1
                 if running.collect:
-                    if position >= 0:
-                        running.logits[position] = plan.logits[row].copy()
+                    if position >= 0 and logits is not None:
+                        running.logits[position] = logits[row]
                 elif not sampled and 1 <= position + 1 < len(running.prompt_logprobs):
                     token, logprob, rank, _ = results[row]
-                    top = self._top(0, row, running.request.sampling.prompt_logprobs or 0)
+                    top = self._top(at, row, running.request.sampling.prompt_logprobs or 0)
                     running.prompt_logprobs[position + 1] = PromptLogprob(token, logprob, rank, top)
-                if sampled and self._take(running, results[row], plan, 0, row):
+                if sampled and self._take(running, results[row], run, at, row):
                     ended.append(running)
                 row += 1
         return ended
 
-    def _take(self, running: RunningRequest, result: tuple[int, float, int, int], plan: Plan, step: int, row: int) -> bool:
+    def _take_plain(self, running: RunningRequest, results: list[tuple[int, float, int, int]]) -> bool:
+        """As `_take`, of several tokens of a request that wants nothing else."""
+        tokens, longest = running.sequence.tokens, running.sequence.max_tokens_total
+        outputs, stops = running.outputs, running.request.stop_token_ids
+        before = len(outputs)
+        finish = None
+        for token, logprob, rank, status in results:
+            if status:
+                running.error = RuntimeError(FAILURES[status])
+                break
+            tokens.append(token)
+            if token in stops:
+                finish = "stop"
+            elif len(tokens) >= longest:
+                finish = "length"
+            outputs.append(TokenOutput(token, logprob, rank, None, finish))
+            if finish:
+                break
+        self.generated_tokens += len(outputs) - before
+        return finish is not None or running.error is not None
+
+    def _take(self, running: RunningRequest, result: tuple[int, float, int, int], run: Run, step: int, row: int) -> bool:
         """One sampled token; True: the request has ended. Interrupted, RunningRequest.restore takes back what has no output yet."""
         if running.collect:
-            running.logits[-1] = plan.logits[row].copy()
+            running.logits[-1] = run.logits(row)
         if running.error is not None or running.collect:
             return True
         request, tokens = running.request, running.sequence.tokens
         token, logprob, rank, status = result
         if request.hand_out_logits:
             if not running.waits:
-                running.handed = (len(tokens), plan.logits[row].copy())
+                running.handed = (len(tokens), run.logits(row))
             self.held_back.append(running)
             return False
         if status:
@@ -227,7 +320,7 @@ class StepRunner:
                 tokens.pop()
                 running.error = error
                 return True
-        logits = plan.lend_logits(row) if request.keep_logits else None
+        logits = run.lend_logits(row) if request.keep_logits else None
         top = self._top(step, row, request.sampling.logprobs) if request.sampling.logprobs else None
         running.outputs.append(TokenOutput(token, logprob, rank, top, finish, logits))
         self.generated_tokens += 1

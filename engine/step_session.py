@@ -16,8 +16,10 @@ import numpy as np
 
 from metalstep import trace
 from metalstep.kernels import step_load
+from metalstep.kernels.launch import Buffer
 from metalstep.kernels.native import NativeDevice, NativePlan
-from metalstep.native_model import MAX_RESULTS, PREFILL_ROWS, NativeModel
+from metalstep.native_model import MAX_RESULTS, NativeModel
+from metalstep.plan.plan import read_rows
 from metalstep.plan.request_slots import RequestSlots
 from metalstep.plan.step_arrays import (
     SAMPLING,
@@ -90,7 +92,7 @@ class SessionStep:
     decode: bool  # each of its rows is sampled
     keep_logits: bool
     rest: NativePlan
-    logits_place: np.ndarray
+    logits_place: Buffer
     ticket: int = 0
     sampled: np.ndarray | None = None
     top: np.ndarray | None = None
@@ -124,13 +126,14 @@ class StartedStep:
 class Forward(Protocol):
     """Computes a step's logits. The native step is one, mlx-lm's own graph another."""
 
-    def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, np.ndarray]:
-        """Begin; returns the plan that does the rest of the step, and where the logits of the rows that give results will lie.
+    def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, Buffer]:
+        """Begin; returns the plan that does the rest of the step, and where the logits of the rows that give results will lie, float32
+        [results, vocab].
 
         Whoever runs anything runs the stage's `load` first: `session.load(step.stage)`, or as part of a plan.
         """
 
-    def go_on(self, rows: int, context: int) -> tuple[NativePlan, np.ndarray] | None:
+    def go_on(self, rows: int, context: int) -> tuple[NativePlan, Buffer] | None:
         """As `start`, of a decode step whose inputs the device makes of the step before. None: it cannot."""
 
     def release(self, slot: int) -> None:
@@ -146,14 +149,14 @@ class NativeForward:
 
     native: NativeModel
 
-    def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, np.ndarray]:
+    def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, Buffer]:
         plan = self.native.plan_for(step.rows, decode=step.decode, context=step.context)
         if not step.split:
             return plan.whole(step.stage), plan.place_of_logits
         plan.forward(step.stage).run()
         return plan.sampler, plan.place_of_logits
 
-    def go_on(self, rows: int, context: int) -> tuple[NativePlan, np.ndarray]:
+    def go_on(self, rows: int, context: int) -> tuple[NativePlan, Buffer]:
         plan = self.native.plan_for(rows, decode=True, context=context)
         return plan.again, plan.place_of_logits
 
@@ -173,8 +176,8 @@ class StepSession:
     slots: RequestSlots
     forward: Forward
     step_load: StepLoad = step_load.launches  # the device's
-    max_rows: int = PREFILL_ROWS  # of a step
-    max_results: int = MAX_RESULTS
+    max_rows: int = field(init=False)  # of a step
+    max_results: int = MAX_RESULTS  # of a step
     _free: deque[int] = field(init=False)
     _used: dict[int, SessionStep] = field(default_factory=dict)  # slot: the last step with rows of it
     _under_way: deque[SessionStep] = field(default_factory=deque)
@@ -185,7 +188,7 @@ class StepSession:
     _taking: threading.Lock = field(default_factory=threading.Lock)  # results of steps under way
 
     def __post_init__(self) -> None:
-        seqs = self.arrays.sizes.seqs
+        seqs, self.max_rows = self.arrays.sizes.seqs, self.arrays.sizes.rows
         self._free = deque(range(seqs))
         self._records = np.zeros(seqs, SAMPLING)  # of the slots; what counts tokens is set for each step
         self._num_prompt, self._report_top = np.zeros(seqs, np.int32), np.zeros(seqs, np.int32)
@@ -221,7 +224,7 @@ class StepSession:
         self, slot: int, sampling: SamplingParams, tokens: list[int], num_prompt: int, stop_ids: frozenset[int], *, masked: bool = False
     ) -> None:
         """Put what the device keeps for a sequence into its slot, see RequestSlots.fill. masked: its tokens have to fit `mask`."""
-        self.arrays.sequences[slot] = (0, 0)
+        self.arrays.edit(self.arrays.sequences[slot : slot + 1])[0] = (0, 0)
         record = self.slots.fill(slot, sampling, tokens, num_prompt, stop_ids)
         if masked:
             record["grammar"] = self.slots.grammar_row(slot) + 1
@@ -231,14 +234,15 @@ class StepSession:
 
     def set_blocks(self, slot: int, group: int, first: int, blocks: Sequence[int]) -> None:
         """Entries of a block table from `first` on. A step under way that reads the table does not look at new ones."""
-        self.arrays.block_tables[group, slot, first : first + len(blocks)] = blocks
+        self.arrays.edit(self.arrays.block_tables[group, slot, first : first + len(blocks)])[:] = blocks
 
     def mask(self, slot: int) -> np.ndarray:
         """The mask of the next token of a `masked` sequence, uint32 [mask_words].
 
-        Written between `begin` and `sample`, when no earlier step samples this sequence any more.
+        Asked for and written between `begin` and `sample`, when no earlier step samples this sequence any more.
         """
-        return self.arrays.masks[self.slots.grammar_row(slot)]
+        mask: np.ndarray = self.arrays.edit(self.arrays.masks[self.slots.grammar_row(slot)])
+        return mask
 
     def load(self, stage: StepStage) -> None:
         """Put a step's inputs in place, for a Forward whose plans do not."""
@@ -297,6 +301,7 @@ class StepSession:
         stage = self.stages[index]
         rows, decode, context = self._write(stage, spans)
         stage.write_results_to(row)
+        self.arrays.send()
         rest, place = self.forward.start(self, StartedStep(stage, spans, rows, decode, context, split))
         step = self._stage_steps[index] = SessionStep(sum(span.results for span in spans), row, decode, keep_logits, rest, place)
         return step
@@ -304,6 +309,7 @@ class StepSession:
     def sample(self, step: SessionStep) -> None:
         """Sample a step's rows; masks are in place. Before the next step begins."""
         began = 0 if self._trace is None else trace.now()
+        self.arrays.send()
         step.ticket = step.rest.run()
         if self._trace is not None:
             self._trace.sampled(step, began, self._count)
@@ -330,7 +336,7 @@ class StepSession:
         done = 0 if self._trace is None else trace.now()
         step.top = self.arrays.top[step.row, : step.results].copy()
         if step.keep_logits:
-            step.logits = step.logits_place[: step.results].copy()
+            step.logits = read_rows(self.device, step.logits_place, 0, step.results)
         step.sampled = self.arrays.sampled[step.row, : step.results].copy()
         self._under_way.popleft()
         if self._trace is not None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from metalstep.plan.logits import Logits
+from metalstep.plan.logits import HostRow, Logits
 from metalstep.request import PromptLogprob, TokenOutput
 from metalstep.running_request import RunningRequest
 
@@ -96,6 +96,17 @@ class Stream:
             self._finish()
         return output
 
+    def poll_all(self) -> list[TokenOutput]:
+        """As `poll`, of all the tokens that are there."""
+        running = self.running
+        if self._finished or self._progress is not None or running.taken == len(running.outputs):
+            output = self.poll()
+            return [] if output is None else [output]
+        outputs = running.take_all()
+        if outputs[-1].finish_reason is not None:
+            self._finish()
+        return outputs
+
     def _pick_token(self) -> TokenOutput:
         running = self.running
         assert running.handed is not None and self._pick is not None
@@ -107,7 +118,7 @@ class Stream:
             raise
         finish = running.finish_reason(token, place + 1)
         rank = 1 + int((processed > processed[token]).sum() + (processed[:token] == processed[token]).sum())
-        output = TokenOutput(token, logprob, rank, None, finish, Logits(processed))
+        output = TokenOutput(token, logprob, rank, None, finish, Logits(HostRow(processed)))
         running.picked = (place, token)
         return output
 

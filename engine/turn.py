@@ -30,6 +30,11 @@ class Turn:
         """Whether the calling thread is inside of a turn."""
         return self._holder.get(None) == threading.get_ident() and _runs(sys._getframe(), Turn._take.__code__)
 
+    @property
+    def awaited(self) -> bool:
+        """Whether somebody wants a turn between two runs."""
+        return bool(self._visitors)
+
     def run(self, body: Callable[[], Result]) -> Result | None:
         """`body()` in a turn; None when it is another thread's.
 

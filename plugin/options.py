@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from metalstep.choices import ARITHMETIC, DEVICES
+from metalstep.choices import ARITHMETIC, DEVICES, device_kind
 from metalstep.kv_scheme import NAMES, VLLM_ALIASES, KVScheme, alias, parse
 from metalstep.kv_scheme import OPTIONS as OF_SCHEME
 
@@ -28,11 +28,11 @@ class OptionError(ValueError):
 class PluginOptions:
     """How the engine behind a server runs. Raises: OptionError for a value that is out of range, of another type, or does not fit.
 
-    device: host, metal, metal-sim or eager; None takes metal on a Mac and host elsewhere. threads: of the host device; None takes what
-    the process may use. arithmetic: of the host device, int16 or int8. batch_invariant: a request's logits are the same bits in any
-    batch. strict: fail where a model would run eagerly. model: the weights, where vLLM's own model path holds only their config and
-    tokenizer. kv_scheme and the other kv_*: how the cache is encoded, see metalstep.kv_scheme.parse; what they say together with
-    --kv-cache-dtype is `scheme`'s answer. turboquant, k_quant, v_quant: vllm-metal's names of schemes.
+    device: host, metal, cuda (cuda:1: the second GPU), metal-sim or eager; None takes metal on a Mac and host elsewhere. threads: of the
+    host device; None takes what the process may use. arithmetic: of the host device, int16 or int8. batch_invariant: a request's logits are
+    the same bits in any batch. strict: fail where a model would run eagerly. model: the weights, where vLLM's own model path holds only
+    their config and tokenizer. kv_scheme and the other kv_*: how the cache is encoded, see metalstep.kv_scheme.parse; what they say
+    together with --kv-cache-dtype is `scheme`'s answer. turboquant, k_quant, v_quant: vllm-metal's names of schemes.
     """
 
     device: str | None = None
@@ -53,7 +53,7 @@ class PluginOptions:
     v_quant: str | None = None
 
     def __post_init__(self) -> None:
-        self._one_of("device", (None, *DEVICES))
+        self._check_device()
         self._one_of("arithmetic", ARITHMETIC)
         for name in ("batch_invariant", "strict"):
             if not isinstance(getattr(self, name), bool):
@@ -124,6 +124,13 @@ class PluginOptions:
             notes.append(f"kv_scheme {scheme.name!r} keeps 2 bits of each key: expect worse text; keys of 4 or 8 bits cost little more")
         return notes
 
+    def _check_device(self) -> None:
+        try:
+            if self.device is not None:
+                device_kind(self.device if isinstance(self.device, str) else "")
+        except ValueError:
+            raise _wrong("device", self.device, f"one of {', '.join(DEVICES)}, or cuda:N") from None
+
     def _one_of(self, name: str, known: tuple[str | None, ...]) -> None:
         value = getattr(self, name)
         if (value is not None and not isinstance(value, str)) or value not in known:
@@ -152,6 +159,11 @@ def threads_of_rank(options: PluginOptions, ranks: int) -> int | None:
     if options.threads is not None or options.resolved_device != "host" or ranks <= 1 or os.environ.get("METALSTEP_THREADS"):
         return options.threads
     return max(1, available_cores() // ranks)
+
+
+def device_of_rank(options: PluginOptions, rank: int | None) -> str | None:
+    """The device of the data-parallel engine `rank` of this machine, None where there is one: of NVIDIA's GPUs each has one of its own."""
+    return f"cuda:{rank}" if rank and options.device == "cuda" else options.device
 
 
 def available_cores() -> int:

@@ -79,6 +79,7 @@ class MetalstepPlatform(Platform):
     def check_and_update_config(cls, vllm_config: VllmConfig) -> None:
         """Refuse what cannot be honoured, then set what metalstep decides. vLLM calls this in the server's process and again in the
         engine's. Raises: ValueError."""
+        from metalstep.choices import device_kind
         from metalstep.plugin.options import parse_options
         from metalstep.plugin.refusals import check_config, no_effect
 
@@ -101,7 +102,7 @@ class MetalstepPlatform(Platform):
         if vllm_config.model_config is not None:
             vllm_config.model_config.disable_cascade_attn = True
             cls.vocab_size = vllm_config.model_config.get_vocab_size()
-        if sys.platform == "darwin":  # a forked process cannot use Metal
+        if sys.platform == "darwin" or device_kind(options.resolved_device) == "cuda":  # a forked process can use neither
             os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"
 
     @classmethod

@@ -30,11 +30,12 @@ from metalstep.plugin.serve_model import ServeModel, find_model
 
 EXPLAINED = (ValueError, TypeError, KeyError, AssertionError, NotImplementedError, RuntimeError)  # what vLLM raises for wrong options
 STEP_ROWS = 512  # metalstep.native_model.PREFILL_ROWS: a longer chunk of a prompt gains nothing, and everybody else would wait for it
+CUDA_ROWS = 2048  # likewise, of NVIDIA's GPUs
 ENGINE_DIED, WRONG_CALL, INTERRUPTED = 1, 2, 130  # exit statuses
 HELP = """usage: metalstep serve MODEL [any option of `vllm serve`]
 
 MODEL is smollm2 (the packaged SmolLM2-135M-Instruct), a .gguf file, a directory or a Hugging Face id of an mlx-lm model. metalstep's own
-options are JSON in --additional-config: {"device": "host|metal|metal-sim|eager", "threads": N, "arithmetic": "int16|int8",
+options are JSON in --additional-config: {"device": "host|metal|cuda|metal-sim|eager", "threads": N, "arithmetic": "int16|int8",
 "batch_invariant": true, "strict": true, "kv_scheme": "turbo8v4", ...}; docs/vllm.md has all of them, and the schemes of the KV cache.
 Tool and reasoning parsers are chosen by the chat template where no option says otherwise. What follows is vLLM's own help.
 
@@ -146,7 +147,8 @@ def apply_model(args: argparse.Namespace, model: ServeModel) -> None:
     if model.name is not None and not args.served_model_name:
         args.served_model_name = [model.name]
     if args.max_num_batched_tokens is None and args.enable_chunked_prefill is not False:
-        args.max_num_batched_tokens = max(STEP_ROWS, args.max_num_seqs or 0)
+        device = str((args.additional_config or {}).get("device"))
+        args.max_num_batched_tokens = max(CUDA_ROWS if device.startswith("cuda") else STEP_ROWS, args.max_num_seqs or 0)
     if args.dtype == "auto" and args.kv_cache_dtype in ("float16", "bfloat16"):
         args.dtype = args.kv_cache_dtype  # vLLM 0.33 wants the two to be alike; the engine's activations are float32 in any case
 

@@ -12,9 +12,8 @@ from vllm.v1.worker.worker_base import CompilationTimes, WorkerBase
 from metalstep.kv_cache import CacheGroup, with_scheme
 from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.kv_scheme import PLAIN
-from metalstep.memory_size import free_memory
 from metalstep.plugin import engine_errors, kv_pages, scheduler
-from metalstep.plugin.options import parse_options
+from metalstep.plugin.options import device_of_rank, parse_options
 from metalstep.plugin.runner import Runner
 from metalstep.served_model import ServedModel
 
@@ -46,7 +45,7 @@ class MetalstepWorker(WorkerBase):
         options = self.options
         return ServedModel(
             options.model or self.model_config.model,
-            device=options.device,
+            device=device_of_rank(options, self.vllm_config.parallel_config.data_parallel_rank_local),
             threads=options.threads,
             arithmetic=options.arithmetic,
             scheme=options.scheme(self.cache_config.cache_dtype),
@@ -76,15 +75,14 @@ class MetalstepWorker(WorkerBase):
 
     def determine_available_memory(self) -> int:
         """Bytes of the KV cache: what the user says, or a part of what is free. `--gpu-memory-utilization` is a fraction of the memory
-        that processes can take now; vLLM's default, meant for a GPU that does nothing else, would leave too little of a computer's."""
+        that is free now, of a GPU with memory of its own or of the computer, behind the weights; vLLM's default, meant for a GPU that
+        does nothing else, would leave too little of a computer's."""
         assert self.model is not None
         explicit = self.cache_config.kv_cache_memory_bytes
         if explicit:
             return int(explicit)
         utilization = self.cache_config.gpu_memory_utilization
-        if utilization == type(self.cache_config)().gpu_memory_utilization:
-            return self.model.kv_memory()
-        return max(0, int(free_memory() * utilization) - self.model.weight_bytes)
+        return self.model.kv_memory(None if utilization == type(self.cache_config)().gpu_memory_utilization else utilization)
 
     def update_max_model_len(self, max_model_len: int) -> None:
         self.model_config.max_model_len = max_model_len

@@ -1,6 +1,7 @@
 """Settings that every test shares."""
 import importlib.util
 import os
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -10,6 +11,25 @@ settings.load_profile("metalstep")
 
 # Tests of the plugin inside of vLLM need vLLM's environment: `make test-vllm`.
 collect_ignore = [] if importlib.util.find_spec("vllm") else ["plugin"]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--every", type=int, default=1, metavar="N", help="of each file's tests only every N-th")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Another GPU than the simulated one (METALSTEP_TEST_GPU): tests of the simulator itself are not for it. --every N: see above."""
+    other_gpu = os.environ.get("METALSTEP_TEST_GPU", "metal-sim") != "metal-sim"
+    wanted, count = [], Counter()
+    for item in items:
+        if not (other_gpu and item.get_closest_marker("simulator")):
+            if count[item.path] % config.getoption("--every") == 0:
+                wanted.append(item)
+            count[item.path] += 1
+    if len(wanted) < len(items):
+        kept = set(wanted)
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = wanted
 
 
 @pytest.hookimpl(hookwrapper=True)

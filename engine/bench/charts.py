@@ -22,7 +22,8 @@ def chart(result: dict[str, Any]) -> Bars:
 def about(result: dict[str, Any], model: str | None = None) -> str:
     """Model, machine and date."""
     here = result["machine"]
-    return f"{model or result['model']} · {here['cpu']}, {here['cpus']} CPUs · {here['date']} · median, line: lowest to highest sample"
+    where = result.get("gpu") or f"{here['cpu']}, {here['cpus']} CPUs"
+    return f"{model or result['model']} · {where} · {here['date']} · median, line: lowest to highest sample"
 
 
 def bar(summed: dict[str, Any] | None) -> Bar | None:

@@ -2,7 +2,7 @@
 
     python -m metalstep.bench.generate_worker MODEL OPTIONS
 
-OPTIONS is a JSON object with arguments of `metalstep.load`. stdout carries one JSON object per line: first {"version"}, then
+OPTIONS is a JSON object with arguments of `metalstep.load`. stdout carries one JSON object per line: first {"version", "gpu"}, then
 {"seconds", "prompt_s", "tokens"} per request {"prompts": [[ids] ..], "tokens": N}; {"error"} when it fails. Every prompt gets N greedy
 tokens, a token that ends a text is one like the others. seconds: of the call. prompt_s: of that until the last prompt has its first
 token. tokens: generated in all.
@@ -17,6 +17,7 @@ import time
 from typing import Any
 
 from metalstep.batch import batch_generate
+from metalstep.bench.peers import is_gpu
 from metalstep.model import Model, load
 
 
@@ -43,9 +44,11 @@ def main() -> None:
     try:
         import metalstep
 
-        model, tokenizer = load(sys.argv[1], strict=True, **json.loads(sys.argv[2]))
+        options = json.loads(sys.argv[2])
+        model, tokenizer = load(sys.argv[1], strict=True, **options)
         tokenizer.eos_token_ids = set()
-        answer({"version": f"metalstep {metalstep.__version__}, {model.device_description}"})
+        gpu = model.device_description if is_gpu(options.get("device")) else None
+        answer({"version": f"metalstep {metalstep.__version__}, {model.device_description}", "gpu": gpu})
         for line in sys.stdin:
             answer(measure(model, tokenizer, **json.loads(line)))
     except Exception as error:  # becomes the parent's error

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+LAST_WORDS = 2000  # bytes of stderr in an error
 
 
 class PeerError(RuntimeError):
@@ -18,16 +21,17 @@ class PeerError(RuntimeError):
 
 
 class JsonProcess:
-    """`command`, asked over stdin and answering over stdout, one JSON object a line. Its stderr is dropped."""
+    """`command`, asked over stdin and answering over stdout, one JSON object a line. Its stderr is heard of when it ends unasked."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str]):
         """environment: all of it."""
         self.name = name
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115  # as long as the process
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=self._stderr,
             text=True,
             env=dict(environment),
         )
@@ -50,12 +54,19 @@ class JsonProcess:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise PeerError(f"{self.name}: its process ended with status {self._process.wait()} and no answer")
+            raise PeerError(f"{self.name}: its process ended with status {self._process.wait()} and no answer{self._last_words()}")
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             hint = "make peers" if "ModuleNotFound" in answer["error"] else None
             raise PeerError(f"{self.name}: {answer['error']}", hint)
         return answer
+
+    def _last_words(self) -> str:
+        """The end of what it wrote to stderr."""
+        size = self._stderr.seek(0, 2)
+        self._stderr.seek(max(0, size - LAST_WORDS))
+        text = self._stderr.read().decode(errors="replace").strip()
+        return f": {text}" if text else ""
 
     def close(self) -> None:
         """End the process."""
@@ -67,3 +78,4 @@ class JsonProcess:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        self._stderr.close()

@@ -29,7 +29,7 @@ class CaseInputs:
         self._handles: list[int] = []
         self._activations: dict[str, Buffer] = {}
         self._arrays: StepArrays | None = None
-        self._positions = np.zeros(0, np.int32)
+        self._positions = self._limits = np.zeros(0, np.int32)
         self.weight_bytes = self.shared_bytes = 0
 
     def weight(self, shape: tuple[int, ...], dtype: str) -> Buffer:
@@ -52,7 +52,8 @@ class CaseInputs:
         """As before the first run: step_advance has counted steps and moved positions."""
         if self._arrays is not None:
             self._arrays.rewind()
-            self._arrays.place(self._positions)
+            self._arrays.move_on(self._positions, self._limits)
+            self._arrays.send()
 
     def close(self) -> None:
         """Free the buffers; plans that bind them are closed before."""
@@ -61,14 +62,13 @@ class CaseInputs:
             self._device.destroy_buffer(handle)
 
     def _create(self, shape: tuple[int, ...], dtype: str) -> Buffer:
-        buffer = Buffer(self._device.create_buffer(Buffer(0, 0, shape, dtype).nbytes).handle, 0, shape, dtype)
-        self._handles.append(buffer.handle)
+        owner = self._device.create_buffer(Buffer(0, 0, shape, dtype).nbytes, shared=False)
+        self._handles.append(owner.handle)
         if self._write:
             tile = self._random(dtype)
-            flat = self._device.view(buffer.handle, tile.dtype, (buffer.nbytes // tile.itemsize,))
-            for at in range(0, flat.size, tile.size):
-                flat[at : at + tile.size] = tile[: flat.size - at]
-        return buffer
+            for at in range(0, owner.nbytes, tile.nbytes):
+                owner.write(tile[: (owner.nbytes - at) // tile.itemsize], at)
+        return Buffer(owner.handle, 0, shape, dtype)
 
     def _random(self, dtype: str) -> np.ndarray:
         """TILE numbers: any bits of integers, else normal ones."""
@@ -92,13 +92,15 @@ class CaseInputs:
             hidden_size=own.hidden_size,
         )
         arrays = StepArrays(self._device, sizes)
-        self._handles.append(arrays.buffers.step.handle)
+        self._handles += [arrays.buffers.step.handle, arrays.buffers.sampled.handle]
         if self._write:
             each, blocks = rows // sequences, -(-context // own.block_size)
-            arrays.block_tables[0] = 0
-            arrays.block_tables[0, :, :blocks] = self._rng.permutation(sequences * blocks).reshape(sequences, blocks)
+            tables = arrays.edit(arrays.block_tables[0])
+            tables[...] = 0
+            tables[:, :blocks] = self._rng.permutation(sequences * blocks).reshape(sequences, blocks)
             self._positions = np.tile(np.arange(context - each, context, dtype=np.int32), sequences)
             sampled = np.arange(0 if sampling is None else rows, dtype=np.int32)
+            self._limits = np.full(sampled.size, sizes.context, np.int32)
             records = np.zeros(sampled.size, SAMPLING)
             records["target"], records["seed_lo"] = -1, sampled
             for name, value in (sampling or {}).items():
@@ -110,8 +112,9 @@ class CaseInputs:
                     seq_ids=np.repeat(np.arange(sequences, dtype=np.int32), each),
                     sampled_rows=sampled,
                     sampling=records,
-                    limits=np.full(sampled.size, sizes.context, np.int32),
+                    limits=self._limits,
                     advance=sampling is not None,
                 )
             )
+            arrays.send()
         return arrays

@@ -16,7 +16,7 @@ from metalstep.bench.statistics import summary
 from metalstep.chips import Chip
 from metalstep.kernels.gpu import attention, linear, row_program, sample, step_advance, step_load
 from metalstep.kernels.gpu.bench_case import BenchCase, BenchSizes
-from metalstep.kernels.launch import Launch
+from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.native import NativeDevice, NativePlan
 from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.plan.gpu_target import DECODE_ROWS, NORM_ROWS, SPLIT_LEN
@@ -43,6 +43,7 @@ MAX_COPIES = 64
 REPEATS = 16  # of a case in one command buffer, at least
 CALL_S = 0.02  # that a timed call should take: steps are chosen for it
 MAX_STEPS = 32
+COPY, COPIED_BYTES, COPIES_TIMED, COPY_SAMPLES = "a copy", 1 << 30, 8, 5
 SIMULATED_WORK = 5_000_000  # of a case that a simulator runs without being asked to
 NOT_TIMED = "allocating and filling buffers, compiling kernels, making plans, a first call"
 
@@ -56,9 +57,16 @@ class LeftOut:
 
 
 def shape_sizes(
-    shape: str, rows: Sequence[int], contexts: Sequence[int], *, bits: int = 4, group_size: int = 64, kv_dtype: str = "float16"
+    shape: str,
+    rows: Sequence[int],
+    contexts: Sequence[int],
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    kv_dtype: str = "float16",
+    kind: str = "apple",
 ) -> BenchSizes:
-    """Sizes of a shape's layers. shape: of shapes.SHAPES, or "tiny". Raises: ValueError for one that is not known, or a format."""
+    """Sizes of a shape's layers. shape: of shapes.SHAPES, or "tiny". kind: of the GPU. Raises: ValueError for what is not known."""
     name = shape.lower()
     if name != TINY and name not in SHAPES:
         raise ValueError(f"shape is {shape!r}, expected one of {', '.join([TINY, *SHAPES])}")
@@ -86,6 +94,7 @@ def shape_sizes(
         norm_rows=NORM_ROWS,
         max_sampled=DECODE_ROWS[-1],
         split_len=SPLIT_LEN,
+        kind=kind,
     )
 
 
@@ -111,11 +120,13 @@ def bench_kernels(
     Returns machine, device, not_timed, rows and left_out (cases that are not measured, with the reason). A row has op, case, name, rows,
     context; kernels, launches and threadgroups of the case once; copies of its weights; bytes; alone_us (each launch by itself, by the
     GPU's clock, summed), run_us (one after another, by the host's clock), gb_s of bytes in run_us, gflop_s where there is arithmetic to
-    count, with a chip the fraction of its bandwidth, and with `against` mlx (see against_mlx).
+    count, with a chip the fraction of its bandwidth, and with `against` mlx (see against_mlx). On a GPU with memory of its own that
+    fraction is of what a copy within it moves, measured in the same run.
     A sample of alone_us is a mean over `repeats`, one of run_us over a call of `steps` times `repeats`.
     """
     rows: list[dict[str, Any]] = []
     left_out: list[LeftOut] = []
+    name, gb_s = (chip.name, chip.bandwidth) if chip else (None, None) if device.unified else (COPY, copy_gb_s(device))
     for number, case in enumerate(cases):
         progress(f"{case.name} ({number + 1} of {len(cases)})")
         if simulated and not large and case.work > SIMULATED_WORK:
@@ -126,8 +137,8 @@ def bench_kernels(
         except MemoryError as error:
             left_out.append(LeftOut(case.name, str(error)))
             continue
-        if chip is not None:
-            row["fraction"] = row["gb_s"] / chip.bandwidth
+        if gb_s is not None:
+            row["fraction"] = row["gb_s"] / gb_s
         rows.append(row)
     return {
         "machine": machine(),
@@ -135,11 +146,29 @@ def bench_kernels(
         "simulated": simulated,
         "note": SIMULATED if simulated else None,
         "not_timed": NOT_TIMED,
-        "chip": chip.name if chip else None,
-        "chip_gb_s": chip.bandwidth if chip else None,
+        "chip": name,
+        "chip_gb_s": gb_s,
         "rows": rows,
         "left_out": [vars(entry) for entry in left_out],
     }
+
+
+def copy_gb_s(device: NativeDevice) -> float:
+    """GB/s that a copy within the device's memory moves, bytes read and bytes written together: the best of some."""
+    source, target = (device.create_buffer(COPIED_BYTES, shared=False) for _ in range(2))
+    regions = [Buffer(owner.handle, 0, (COPIED_BYTES,), "uint8") for owner in (source, target)]
+    best = math.inf
+    try:
+        for _ in range(COPY_SAMPLES):
+            began = time.perf_counter()
+            for _ in range(COPIES_TIMED):
+                device.copy(*regions)
+            target.read("uint8", (1,))  # behind them
+            best = min(best, time.perf_counter() - began)
+    finally:
+        source.close()
+        target.close()
+    return 2 * COPIED_BYTES * COPIES_TIMED / best / 1e9
 
 
 def case_bytes(sizes: BenchSizes, case: BenchCase) -> tuple[int, int]:

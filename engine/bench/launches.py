@@ -38,7 +38,7 @@ def bench_launches(
         step = native.arrays.step
         if step["num_tokens"][0] != (prefill or batch):
             raise RuntimeError(f"the step has {step['num_tokens'][0]} rows, expected {prefill or batch}; take prompts that are fresh")
-        step["advance"] = 0  # the same step each time
+        native.arrays.edit(step["advance"])[...] = 0  # the same step each time
         step_rows = {"tokens": int(step["num_tokens"][0]), "sampled": int(step["num_sampled"][0])}
         return [plan.profile() for _ in range(steps)], step_rows
 

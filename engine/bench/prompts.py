@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import random
 from collections.abc import Sequence
 from typing import Any
 
 TEXT = heapq.__about__  # about 1,000 tokens of English that every Python has
+FEW = 64  # different tokens of TEXT: a tokenizer that makes no more of it knows no English
+RANDOM_TOKENS = 10_007  # of such a tokenizer's vocabulary
 
 
 class Prompts:
@@ -24,8 +27,12 @@ class Prompts:
 
     @classmethod
     def of(cls, tokenizer: Any) -> Prompts:
-        """Of TEXT in a tokenizer's tokens."""
-        return cls([int(token) for token in tokenizer.encode(TEXT)])
+        """Of TEXT in a tokenizer's tokens; of tokens of its vocabulary in a random order where it knows no English."""
+        ids = [int(token) for token in tokenizer.encode(TEXT)]
+        if len(set(ids)) < FEW:
+            vocabulary = sorted(set(tokenizer.get_vocab().values()) - set(ids))
+            ids = random.Random(0).sample(vocabulary, min(RANDOM_TOKENS, len(vocabulary)))
+        return cls(ids)
 
     def take(self, count: int, length: int) -> list[list[int]]:
         """`count` prompts of `length` tokens."""

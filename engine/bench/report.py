@@ -51,8 +51,9 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def ordered(named: dict[str, dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """GPUs behind the processor, each with its benchmarks in the order of SECTIONS."""
     kinds = list(SECTIONS)
-    return sorted(named.items(), key=lambda entry: (kinds.index(entry[1]["benchmark"]), entry[0]))
+    return sorted(named.items(), key=lambda entry: (entry[1].get("gpu") or "", kinds.index(entry[1]["benchmark"]), entry[0]))
 
 
 def section(name: str, result: dict[str, Any], stem: str) -> str:
@@ -60,10 +61,11 @@ def section(name: str, result: dict[str, Any], stem: str) -> str:
     here = result["machine"]
     cores = f" on {here['cores']} cores" if here["cores"] else ""
     title, rows = SECTIONS[result["benchmark"]]
+    gpu, on = (f"{result['gpu']} · ", f" on {result['gpu']}") if result.get("gpu") else ("", "")
     lines = [
-        f"### {title}{'' if name == result['benchmark'] else ' (' + name + ')'}",
+        f"### {title}{on}{'' if name == result['benchmark'] else ' (' + name + ')'}",
         "",
-        f"{here['date']} · {here['cpu']}, {here['cpus']} CPUs{cores}, {here['memory_gib']:g} GiB, {here['os']}",
+        f"{here['date']} · {gpu}{here['cpu']}, {here['cpus']} CPUs{cores}, {here['memory_gib']:g} GiB, {here['os']}",
         "",
         ", ".join(f"{key} {value}" for key, value in result["versions"].items()),
         "",
@@ -98,7 +100,8 @@ def times(ratio: dict[str, Any] | None) -> str:
 
 
 def engines(result: dict[str, Any]) -> list[str]:
-    return [f"{', '.join(head['version'] for head in result['engines'])}. Not timed: {result['not_timed']}.", ""]
+    model = f"{result['model']}: " if result.get("gpu") else ""
+    return [f"{model}{', '.join(head['version'] for head in result['engines'])}. Not timed: {result['not_timed']}.", ""]
 
 
 def decode_rows(result: dict[str, Any]) -> list[str]:
@@ -112,7 +115,40 @@ def decode_rows(result: dict[str, Any]) -> list[str]:
              times(ratio["decode"]) if better and ratio else ""]
         )  # fmt: skip
     columns = ["batch", "prompt", "engine", "decode, tok/s: median (range, n)", "TTFT, ms", "metalstep to it: of medians, of pairs"]
-    return [*engines(result), *table(columns, rows)]
+    return [*engines(result), *table(columns, rows), *also_rows(result), *busy_rows(result), *left_out(result)]
+
+
+def also_rows(result: dict[str, Any]) -> list[str]:
+    """metalstep with other settings over itself."""
+    if not result.get("also"):
+        return []
+    rows = [
+        [str(row["batch"]), str(row["prompt_tokens"]), row["setting"], times(row["decode"]), times(row["ttft"])] for row in result["also"]
+    ]
+    return ["", "metalstep with other settings over itself, above 1 is faster (of medians, of pairs):", "",
+            *table(["batch", "prompt", "with", "decode", "TTFT"], rows)]  # fmt: skip
+
+
+def busy_rows(result: dict[str, Any]) -> list[str]:
+    """A step on the GPU alone, against a decode's time per step."""
+    rows = [
+        [str(row["batch"]), str(row["prompt_tokens"]), spread(row["device_step_us"]), f"{row['busy']:.1%}"]
+        for row in result["cases"] if "busy" in row
+    ]  # fmt: skip
+    if not rows:
+        return []
+    columns = ["batch", "prompt", "a step on the GPU alone, µs", "GPU busy during a decode"]
+    return ["", "Steps behind each other, timed on the GPU without what the host does between them:", "", *table(columns, rows)]
+
+
+def left_out(result: dict[str, Any]) -> list[str]:
+    """The cases without numbers."""
+    lines = []
+    for reason in dict.fromkeys(row["reason"] for row in result.get("left_out", ())):
+        rows = [row for row in result["left_out"] if row["reason"] == reason]
+        names = [f"{row['batch']} × {row['prompt_tokens']:,}" if "batch" in row else f"{row['prompt_tokens']:,}" for row in rows]
+        lines += ["", f"Left out: {', '.join(names)} tokens ({reason})."]
+    return lines
 
 
 def prefill_rows(result: dict[str, Any]) -> list[str]:
@@ -122,7 +158,11 @@ def prefill_rows(result: dict[str, Any]) -> list[str]:
         ratio = over.get((row["prompt_tokens"], row["engine"]))
         better = ratio is not None and ratio["setting"] == row["setting"]
         rows.append([str(row["prompt_tokens"]), contender(row), spread(row["prompt_tok_s"]), times(ratio) if better else ""])
-    return [*engines(result), *table(["prompt", "engine", "tok/s: median (range, n)", "metalstep to it: of medians, of pairs"], rows)]
+    lines = [*engines(result), *table(["prompt", "engine", "tok/s: median (range, n)", "metalstep to it: of medians, of pairs"], rows)]
+    if others := [[str(row["prompt_tokens"]), row["setting"], times(row["prefill"])] for row in result.get("also", ())]:
+        lines += ["", "metalstep with other settings over itself, above 1 is faster (of medians, of pairs):", ""]
+        lines += table(["prompt", "with", "speed"], others)
+    return lines + left_out(result)
 
 
 def serve_rows(result: dict[str, Any]) -> list[str]:

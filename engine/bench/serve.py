@@ -93,7 +93,7 @@ def bench_serve(plan: Plan, progress: Progress = lambda _: None) -> dict[str, An
         progress(f"loading {GENERATE}")
         generate = JsonProcess(GENERATE, generate_command(plan), os.environ)
         stack.callback(generate.close)
-        version = generate.answer()["version"]
+        head = generate.answer()
         client = JsonProcess("client", [sys.executable, str(CLIENT)], {**os.environ, "PYTHONSAFEPATH": "1"})
         stack.callback(client.close)
         turns = Turns(plan, tokenizer, {name: one.server for name, one in servers.items()}, generate, client)
@@ -103,9 +103,10 @@ def bench_serve(plan: Plan, progress: Progress = lambda _: None) -> dict[str, An
         rows = [server_row(name, one, plan.idle_s) for name, one in servers.items()]
     return {
         "machine": machine(),
+        "gpu": head["gpu"],
         "model": plan.model,
         "endpoint": turns.path,
-        "contenders": {GENERATE: version, **{row["name"]: row["version"] for row in rows}},
+        "contenders": {GENERATE: head["version"], **{row["name"]: row["version"] for row in rows}},
         "pairs": plan.pairs,
         "prompt_tokens": plan.prompt_tokens,
         "tokens": plan.tokens,

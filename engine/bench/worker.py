@@ -8,7 +8,7 @@ answer per request line on stdin, {"prompts": [[ids] ..], "tokens": N, ..} with 
 {"ttft_s", "steps_s": [..], "step_tokens": [..], "ids": [[at least N + 1 ids] ..]}; {"error"} when it fails. The prompts are decoded
 together, greedy. ttft_s is from their ids to the time when every sequence has its first token. The steps behind it bring N tokens
 per sequence or a few more: steps_s are their times and step_tokens what they brought to all sequences. What makes up a step is said
-at each engine. Tokenizing and detokenizing are not timed.
+at each engine. Tokenizing and detokenizing are not timed. With {"device_step": true} besides, metalstep answers {"device_step_s"}.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import numpy as np
 
 Steps = Generator[list[list[int]], None, None]
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "logprobs": 5}  # what "sampled" asks of metalstep, instead of greedy
 
 
 class Engine(Protocol):
@@ -45,34 +46,70 @@ class Engine(Protocol):
 class MetalStep:
     """metalstep's engine, by the calls that any program makes; MODEL is anything that `metalstep.load` takes.
 
-    A step is one native call and what Python does around it; with decode_steps it may bring several tokens.
+    A step is one native call and what Python does around it; with decode_steps it may bring several tokens. Where the call is
+    batch_generate, it is the one step.
     """
 
     def __init__(self, model: str, threads: int, max_context: int, **options: Any):
         import metalstep
+        from metalstep.bench.peers import is_gpu
+        from metalstep.kv_plane import BLOCK_SIZE
         from metalstep.model import DEFAULT_DEVICE
 
         own_threads = threads if (options.get("device") or DEFAULT_DEVICE) == "host" else None
-        loaded, _ = metalstep.load(model, threads=own_threads, strict=True, max_context=max_context, **options)
+        loaded, self._tokenizer = metalstep.load(model, threads=own_threads, strict=True, max_context=max_context, **options)
         self.version = f"metalstep {metalstep.__version__}, {loaded.device_description}"
         if loaded.native is None:  # strict raises before
             raise RuntimeError(loaded.fallback_reason)
-        self._engine = loaded.engine
+        self._tokenizer.eos_token_ids = set()  # a token that ends a text is one like the others
+        self._model, self._engine = loaded, loaded.engine
+        self._rows = loaded.native.target.max_rows
         plan = loaded.explain()
         self.weight_bytes = plan["weight_bytes_per_token"]
         self.kv_bytes = plan["kv_bytes_per_token"]
+        self.kv_tokens = self._engine.stats().total_blocks * BLOCK_SIZE
+        self.gpu = loaded.native.device.info.name if is_gpu(options.get("device")) else None
 
-    def greedy(self, prompts: list[list[int]], tokens: int, decode_steps: int = 1) -> Steps:
+    def greedy(self, prompts: list[list[int]], tokens: int, decode_steps: int = 1, sampled: bool = False) -> Steps:
+        """sampled: draw as SAMPLED says instead."""
         from metalstep import Request, SamplingParams
         from metalstep.bench.engine_steps import engine_steps
 
-        requests = [Request(prompt, SamplingParams(seed=0), decode_steps=decode_steps) for prompt in prompts]
+        fields = SAMPLED if sampled else {}
+        requests = [
+            Request(prompt, SamplingParams(seed=seed, **fields), decode_steps=decode_steps) for seed, prompt in enumerate(prompts)
+        ]
         known = self._engine.stats().cached_tokens
         yield [[] for _ in prompts]
         for outputs in engine_steps(self._engine, requests):
-            if self._engine.stats().cached_tokens != known:
-                raise RuntimeError("a prompt was found in the prefix cache, so its prefill cannot be measured")
+            self._check_fresh(known)
             yield [[output.token for output in new] for new in outputs]
+
+    def batch_generate(self, prompts: list[list[int]], tokens: int, sampled: bool = False) -> dict[str, Any]:
+        """As `measure`, of one call of metalstep.batch_generate.
+
+        Prompts of more rows than one step takes are driven step by step, several tokens to a native call: the first ones decode while
+        the last ones are taken in, and how many tokens that brought a call of batch_generate does not say.
+        """
+        from metalstep.batch import DECODE_STEPS, batch_generate
+
+        if sum(map(len, prompts)) > self._rows:
+            return measure(self, prompts, tokens, decode_steps=DECODE_STEPS, sampled=sampled)
+        known = self._engine.stats().cached_tokens
+        fields = {**SAMPLED, "seed": 0} if sampled else {}
+        found = batch_generate(self._model, self._tokenizer, prompts, max_tokens=tokens + 1, return_token_ids=True, **fields)
+        self._check_fresh(known)
+        steps, counts = ([found.stats.generation_time], [tokens * len(prompts)]) if tokens else ([], [])
+        return {"ttft_s": found.stats.prompt_time, "steps_s": steps, "step_tokens": counts, "ids": found.token_ids}
+
+    def device_steps(self, prompts: list[list[int]], tokens: int) -> list[float]:
+        from metalstep.bench.device_step import device_step_seconds
+
+        return device_step_seconds(self._model, prompts, tokens // 2)
+
+    def _check_fresh(self, known: int) -> None:
+        if self._engine.stats().cached_tokens != known:
+            raise RuntimeError("a prompt was found in the prefix cache, so its prefill cannot be measured")
 
 
 class MlxLm:
@@ -206,8 +243,11 @@ class LlamaRows:
 ENGINES: dict[str, Callable[..., Engine]] = {"metalstep": MetalStep, "mlx-lm": MlxLm, "llama.cpp": LlamaCpp}
 
 
-def measure(engine: Engine, prompts: list[list[int]], tokens: int, **settings: Any) -> dict[str, Any]:
-    """Times of one greedy run; see the module's docstring."""
+def measure(engine: Engine, prompts: list[list[int]], tokens: int, call: str = "steps", **settings: Any) -> dict[str, Any]:
+    """Times of one greedy run; see the module's docstring. call: "batch_generate" is metalstep's own function."""
+    if call == "batch_generate":
+        assert isinstance(engine, MetalStep)
+        return engine.batch_generate(prompts, tokens, **settings)
     clock = time.perf_counter
     with contextlib.closing(engine.greedy(prompts, tokens, **settings)) as stream:
         ids: list[list[int]] = [[] for _ in prompts]
@@ -245,10 +285,14 @@ def main() -> None:
         started = time.perf_counter()
         engine = ENGINES[name](model, int(threads), int(max_context), **json.loads(options))
         head = {"engine": name, "version": engine.version, "load_s": time.perf_counter() - started}
-        bytes_read = {key: getattr(engine, key) for key in ("weight_bytes", "kv_bytes") if hasattr(engine, key)}
-        answer({**head, **bytes_read})
+        about = {key: getattr(engine, key) for key in ("weight_bytes", "kv_bytes", "kv_tokens", "gpu") if hasattr(engine, key)}
+        answer({**head, **about})
         for line in sys.stdin:
-            answer(measure(engine, **json.loads(line)))
+            request = json.loads(line)
+            if request.pop("device_step", False) and isinstance(engine, MetalStep):
+                answer({"device_step_s": engine.device_steps(**request)})
+            else:
+                answer(measure(engine, **request))
     except Exception as error:  # becomes the parent's error
         answer({"error": f"{type(error).__name__}: {error}"})
         sys.exit(1)

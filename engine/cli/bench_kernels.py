@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 SAMPLES = 20
 DEFAULTS = {  # of a device: shape, rows, contexts, samples
     "metal": ("qwen3-0.6b", [1, 4, 16, 64, 512], [1024, 8192], SAMPLES),
+    "cuda": ("qwen3-0.6b", [1, 8, 32, 64, 512], [1024, 8192], SAMPLES),
     "metal-sim": ("tiny", [1, 8], [64], 2),
     "host": ("smollm2-135m", [1, 8, 64], [1024], SAMPLES),
 }
@@ -29,8 +30,8 @@ PEERS = ("mlx",)
 BEYOND = 1.1  # of a limit: more than noise explains
 EXAMPLES = """examples:
   metalstep bench kernels --against mlx --plot kernels.svg
-  metalstep bench kernels --op linear,attention --shape qwen3-0.6b --rows 1,8
   metalstep bench kernels --device metal-sim --shape qwen3-0.6b --case linear-o-1rows
+  metalstep bench kernels --device cuda --op linear,attention --shape qwen3-4b --rows 1,8       # with an NVIDIA GPU
   metalstep bench kernels --device metal --chip m4-max                                          # on a Mac
   metalstep bench kernels --device metal --case 'attention-decode-*' --context 1024,32768       # on a Mac"""
 
@@ -46,8 +47,9 @@ def parser() -> Parser:
     p.epilog = EXAMPLES
     p.add_argument(
         "--device",
-        choices=("host", "metal", "metal-sim"),
-        help="metal: this Mac's GPU (default on a Mac); host: the CPU (default elsewhere); metal-sim: the GPU's kernels on the CPU",
+        choices=("host", "metal", "cuda", "metal-sim"),
+        help="metal: this Mac's GPU (default on a Mac); cuda: an NVIDIA GPU; host: the CPU (default elsewhere); metal-sim: the GPU's "
+        "kernels on the CPU",
     )
     p.add_argument(
         "--op",
@@ -92,7 +94,13 @@ def kernels(argv: list[str]) -> int:
     shape, rows, contexts, samples = DEFAULTS[device_name]
     shape, samples = (args.shape or shape).lower(), args.samples or samples
     sizes = shape_sizes(
-        shape, args.rows or rows, args.context or contexts, bits=args.bits, group_size=args.group_size, kv_dtype=args.kv_dtype
+        shape,
+        args.rows or rows,
+        args.context or contexts,
+        bits=args.bits,
+        group_size=args.group_size,
+        kv_dtype=args.kv_dtype,
+        kind="nvidia" if device_name == "cuda" else "apple",
     )
     weights = "bfloat16" if args.bits == 16 else f"{args.bits} bits in groups of {args.group_size}"
     facts: dict[str, Any] = {"shape": shape, "weights": weights, "kv_dtype": args.kv_dtype, "samples": samples}
@@ -120,6 +128,8 @@ def _check(args: Any, device_name: str) -> None:
         raise CommandError("--chip: times of metal-sim are no speeds", "leave it out, or use --device metal on a Mac")
     if args.chip and device_name == "host":
         raise CommandError("--chip: the host device's limits are measured", "leave it out, or use --device metal on a Mac")
+    if args.chip and device_name == "cuda":
+        raise CommandError("--chip: these are Apple's; an NVIDIA GPU's bandwidth is measured", "leave it out")
     if args.chip:
         find_chip(args.chip)
     if args.against not in ("", *PEERS):

@@ -7,8 +7,9 @@ from typing import Any
 
 from metalstep.choices import MAX_SEQS
 from metalstep.cli.bench_output import HelpFormatter, Output, add_output_options, joined, progress
+from metalstep.cli.bench_subject import MODEL, add_shape_options, named, subject
 from metalstep.cli.errors import CommandError
-from metalstep.cli.parser import Parser, add_device_options, counted, integers, positive
+from metalstep.cli.parser import Parser, add_device_options, counted, integers, memory, positive
 from metalstep.kv_scheme import parse
 
 SCHEMES = "affine8,turbo8v4,turbo4,turbo4v2"
@@ -26,7 +27,8 @@ def parser() -> Parser:
     )
     p.formatter_class = HelpFormatter
     p.epilog = EXAMPLES
-    p.add_argument("--model", default="smollm2", metavar="MODEL", help="the model (default: smollm2)")
+    p.add_argument("--model", default=MODEL, metavar="MODEL", help="the model (default: smollm2)")
+    add_shape_options(p)
     p.add_argument("--schemes", default=SCHEMES, metavar="LIST", help=f"schemes with commas between them (default: {SCHEMES})")
     p.add_argument("--context", type=integers, default=[512], metavar="LIST", help="tokens of each sequence (default: 512)")
     p.add_argument("--batch", type=integers, default=[1], metavar="LIST", help="sequences decoded together (default: 1)")
@@ -36,6 +38,7 @@ def parser() -> Parser:
     p.add_argument("--rounds", type=positive, default=7, metavar="N", help="each measures every scheme once (default: 7)")
     p.add_argument("--steps", type=positive, default=16, metavar="N", help="decode steps of a sample (default: 16)")
     p.add_argument("--threads", type=positive, metavar="N", help="threads of the host device (default: the CPUs)")
+    p.add_argument("--kv-memory", type=memory, metavar="SIZE", help="of each scheme's cache, where all must fit (default: as `generate`)")
     add_device_options(p)
     add_output_options(p, plot=True)
     return p
@@ -54,14 +57,18 @@ def kv(argv: list[str]) -> int:
         raise CommandError(f"--batch is {max(args.batch)}, and at most {MAX_SEQS} sequences run at once", "metalstep bench kv --help")
     if min(args.context + args.prompt_tokens) < 2:
         raise CommandError("--context and --prompt-tokens need 2 tokens or more", "metalstep bench kv --help")
-    output = Output(args, "kv", argv, args.model, _method(args), args.device)
+    output = Output(args, "kv", argv, named(args), _method(args), args.device)
     options = {name: value for name, value in (("device", args.device), ("threads", args.threads)) if value is not None}
     if args.batch_invariant:
         options["batch_invariant"] = True
-    result = bench_kv(
-        args.model, schemes, batches=args.batch, contexts=args.context, prompts=args.prompt_tokens, rounds=args.rounds, steps=args.steps,
-        options=options, progress=progress,
-    )  # fmt: skip
+    if args.kv_memory is not None:
+        options["kv_memory"] = args.kv_memory
+    with subject(args) as measured:
+        result = bench_kv(
+            measured.model, schemes, batches=args.batch, contexts=args.context, prompts=args.prompt_tokens, rounds=args.rounds,
+            steps=args.steps, options=options, progress=progress,
+        )  # fmt: skip
+    result["model"] = measured.name
     output.finish(result, describe)
     return 0
 

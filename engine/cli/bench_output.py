@@ -112,10 +112,10 @@ def command_of(benchmark: str, argv: Sequence[str]) -> str:
     words = iter(argv)
     for word in words:
         name, equals, _ = word.partition("=")
-        if name in ("--out", "--plot", "--peers-python"):
+        if name in ("--out", "--plot", "--peers-python", "--shape-folder"):
             if not equals:
                 next(words, None)
-        elif word != "--json":
+        elif word not in ("--json", "--live"):
             kept.append(word)
     return shlex.join(["metalstep", "bench", benchmark, *kept])
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 from metalstep.choices import MAX_SEQS, PREFILL_ROWS
 from metalstep.cli.bench_output import HelpFormatter, Output, add_output_options, note, progress
+from metalstep.cli.bench_subject import MODEL, add_shape_options, named, subject
 from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import Parser, add_load_options, counted, load_model, positive
+
+if TYPE_CHECKING:
+    from metalstep.model import Model
 
 LAUNCHES_EXAMPLES = """examples:
   metalstep bench launches
@@ -54,7 +60,8 @@ def add_step_options(p: Parser, examples: str, batch: int) -> None:
     """The options of both; batch: the default."""
     p.formatter_class = HelpFormatter
     p.epilog = examples
-    p.add_argument("--model", default="smollm2", metavar="MODEL", help="the model (default: smollm2)")
+    p.add_argument("--model", default=MODEL, metavar="MODEL", help="the model (default: smollm2)")
+    add_shape_options(p)
     p.add_argument(
         "--batch", type=positive, default=batch, metavar="N", help=f"sequences in the step (default: {batch})"
     )
@@ -73,6 +80,16 @@ def parse(p: Parser, argv: list[str]) -> argparse.Namespace:
     return args
 
 
+@contextmanager
+def loaded(args: argparse.Namespace) -> Iterator[tuple[Model, Any]]:
+    """The model that is measured, and its tokenizer."""
+    with subject(args) as measured:
+        args.model = measured.model
+        model, tokenizer = load_model(args)
+        with model:
+            yield model, tokenizer
+
+
 def launches(argv: list[str]) -> int:
     args = parse(launches_parser(), argv)
     from metalstep.bench.host_time import bench_host_time
@@ -84,9 +101,8 @@ def launches(argv: list[str]) -> int:
     if args.prefill and args.batch > 1:
         raise CommandError("--prefill profiles one prompt, so it does not go with --batch", "leave one of them out")
     what = f"prompt of {args.prefill}" if args.prefill else f"batch {args.batch}, context {args.context}"
-    output = Output(args, "launches", argv, args.model, f"{what}, {counted(args.steps, 'step')}, medians", args.device)
-    model, tokenizer = load_model(args)
-    with model:
+    output = Output(args, "launches", argv, named(args), f"{what}, {counted(args.steps, 'step')}, medians", args.device)
+    with loaded(args) as (model, tokenizer):
         prompts = Prompts.of(tokenizer)
         result = bench_launches(
             model, prompts, context=args.context, steps=args.steps, batch=args.batch, prefill=args.prefill
@@ -105,13 +121,12 @@ def sampling(argv: list[str]) -> int:
         args,
         "sampling",
         argv,
-        args.model,
+        named(args),
         f"batch {args.batch}, context {args.context}, medians of {counted(args.steps, 'step')}, {counted(args.pairs, 'pair')}, "
         "one token per native call",
         args.device,
     )
-    model, tokenizer = load_model(args)
-    with model:
+    with loaded(args) as (model, tokenizer):
         result = bench_sampling(
             model,
             tokenizer,

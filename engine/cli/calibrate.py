@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from metalstep.choices import DEVICES, DeviceNames
 from metalstep.cli.bench_output import progress
 from metalstep.cli.errors import CommandError
 from metalstep.cli.eval import read_text
@@ -31,7 +32,7 @@ def parser() -> Parser:
     p.add_argument("--json", action="store_true", help="the same as JSON")
     p.add_argument("--threads", type=positive, metavar="N", help="threads of the host device (default: all that it may use)")
     p.add_argument("--kv-memory", type=memory, metavar="SIZE", help="memory of the KV cache while it runs: 2GB, or 0.2 of what is free")
-    p.add_argument("--device", choices=("host", "metal", "metal-sim"), help="where the model runs")
+    p.add_argument("--device", choices=DeviceNames(name for name in DEVICES if name != "eager"), help="where the model runs")
     return p
 
 

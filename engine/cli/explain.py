@@ -9,6 +9,7 @@ from collections import Counter
 from typing import Any
 
 from metalstep.chips import CHIPS, find_chip
+from metalstep.choices import DEFAULT_DEVICE, device_kind
 from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import MODEL_HELP, Parser, add_load_options, counted, load_model, positive, scheme_options
 
@@ -22,7 +23,7 @@ def parser() -> Parser:
     p = Parser(
         "metalstep explain",
         "Show how a model runs: launches per token and what each fused, barriers, bytes read per token, memory; "
-        "or why it runs eagerly. With --chip or --shape the step is planned for an Apple GPU on paper, on any machine.",
+        "or why it runs eagerly. With --chip or --shape the step is planned for a GPU on paper, on any machine.",
         [
             "metalstep explain smollm2",
             "metalstep explain smollm2 --all",
@@ -33,7 +34,7 @@ def parser() -> Parser:
     p.add_argument("model", metavar="MODEL", nargs="?", help=MODEL_HELP)
     p.add_argument("--json", action="store_true", help="everything as one JSON object")
     p.add_argument("--all", action="store_true", help="every launch in order instead of one row per kind")
-    paper = p.add_argument_group("a plan on paper, for --device metal")
+    paper = p.add_argument_group("a plan on paper, for --device metal or cuda")
     paper.add_argument("--chip", metavar="NAME", help=f"predict what a step takes on this chip: {', '.join(CHIPS)}")
     paper.add_argument("--shape", metavar="NAME", help="a public model's shape instead of MODEL: qwen3-0.6b, llama-3.2-1b, …")
     paper.add_argument("--batch", type=positive, metavar="N", help="sequences that are decoded together (default: 1)")
@@ -53,7 +54,11 @@ def main(argv: list[str]) -> int:
         raise CommandError("MODEL and --shape exclude each other", "leave one of them out")
     if not args.model and not args.shape:
         raise CommandError("the following arguments are required: MODEL, or --shape NAME", "metalstep explain --help")
-    if args.shape or args.chip or (args.device == "metal" and sys.platform != "darwin"):
+    from metalstep.doctor_cuda import has_gpu
+
+    kind = device_kind(args.device or DEFAULT_DEVICE)
+    absent = (kind == "metal" and sys.platform != "darwin") or (kind == "cuda" and not has_gpu())
+    if args.shape or args.chip or absent:
         report = on_paper(args)
     else:
         _refuse_shape_options(args)
@@ -67,15 +72,18 @@ def main(argv: list[str]) -> int:
 
 
 def on_paper(args: argparse.Namespace) -> dict[str, Any]:
-    """The report of a step that is planned for Metal and not run."""
+    """The report of a step that is planned for a GPU and not run."""
     from metalstep.checkpoint import Checkpoint, open_checkpoint
     from metalstep.explain import explain_on_paper
     from metalstep.kv_scheme import parse
     from metalstep.plan.gpu_target import GpuTarget
     from metalstep.shapes import ShapeCheckpoint
 
-    if args.device not in (None, "metal"):
-        raise CommandError(f"--device {args.device} cannot be planned on paper", "use --device metal")
+    device = device_kind(args.device or "metal")
+    if device not in ("metal", "cuda"):
+        raise CommandError(f"--device {device} cannot be planned on paper", "use --device metal or --device cuda")
+    if args.chip and device != "metal":
+        raise CommandError(f"--chip is of --device metal, and --device is {device}", "leave one of them out")
     _refuse(args, ("threads", "kv_memory", "max_context"), "has no meaning on paper", "leave it out; --context says how long sequences are")
     if args.arithmetic != "int16":
         raise CommandError("--arithmetic is of the host device", "leave it out")
@@ -93,14 +101,15 @@ def on_paper(args: argparse.Namespace) -> dict[str, Any]:
         context = args.context or min(CONTEXT, checkpoint.config.get("max_position_embeddings") or CONTEXT)
         report = explain_on_paper(
             checkpoint,
-            GpuTarget(batch_invariant=args.batch_invariant),
+            GpuTarget("nvidia" if device == "cuda" else "apple", batch_invariant=args.batch_invariant),
+            device=device,
             chip=chip,
             batch=args.batch or 1,
             context=context,
             scheme=parse(args.kv_scheme, kv_dtype=args.kv_dtype, **{k: v for k, v in scheme_options(args).items() if k != "kv_scheme"}),
             strict=args.strict,
         )
-    return {**about, "device_description": "metal, planned on paper", **report}
+    return {**about, "device_description": f"{device}, planned on paper", **report}
 
 
 def _refuse_shape_options(args: argparse.Namespace) -> None:

@@ -44,6 +44,7 @@ COMMANDS = {  # in the order of the help
     "eval": Command("metalstep.cli.eval", MEASURE, "measure what KV schemes cost in quality on a text: divergence, perplexity, needles"),
     "explain": Command("metalstep.cli.explain", MEASURE, "show what one token costs: launches and what each fused, bytes; also on paper"),
     "calibrate": Command("metalstep.cli.calibrate", MEASURE, "measure the mean of a model's keys, which KV schemes with few bits take off"),
+    "tune": Command("metalstep.cli.tune", HERE, "find the fastest geometry of this GPU's kernels, for all later runs"),
     "completion": Command("metalstep.cli.completion", HERE, "print the script that completes metalstep's commands and options in a shell"),
     "doctor": Command("metalstep.cli.doctor", HERE, "check this installation or a model: what works, what could be faster and how"),
 }

@@ -144,8 +144,8 @@ def add_device_options(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--device",
         choices=DEVICES,
-        help="metal: an Apple GPU (default on a Mac); host: the native step on the CPU (default elsewhere); metal-sim: on Linux, the GPU's "
-        "shaders simulated on the CPU, for tests; eager: mlx-lm's own graph through MLX",
+        help="metal: an Apple GPU (default on a Mac); cuda: an NVIDIA GPU, cuda:1 the second; host: the native step on the CPU (default "
+        "elsewhere); metal-sim: on Linux, the GPU's shaders simulated on the CPU, for tests; eager: mlx-lm's own graph through MLX",
     )
     parser.add_argument(
         "--batch-invariant",

@@ -9,11 +9,19 @@ import numpy as np
 
 from metalstep.capture.errors import CaptureError
 from metalstep.capture.graph import Value
+from metalstep.kernels import params
 from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.program import Program, Register
 from metalstep.plan.layout import RowView
 from metalstep.plan.weights import WeightStore
+
+DTYPES = {"float32": params.MS_FLOAT32, "float16": params.MS_FLOAT16}
+
+
+def dtype_of(buffer: Buffer) -> int:
+    """The ms_dtype of a stored value's elements."""
+    return int(DTYPES[buffer.dtype])
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,8 @@ class Placement:
         return float(data.reshape(-1)[view.offset])
 
     def buffer(self, root: Value) -> Buffer:
-        """The buffer of a stored value, float32 rows of row_size elements."""
+        """The buffer of a stored value: [rows, row_size], or [planes, rows, row_size] as a linear may leave it; float32, or float16 where
+        linears alone read it."""
         if root.kind == "weight":
             return self.weights.vector(root.name)
         if root.kind == "const" and root.rows:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import mlx.core as mx
 import numpy as np
 
+from metalstep import loading
 from metalstep.capture.errors import CaptureError
 from metalstep.checkpoint import Tensor, blocks
 from metalstep.checkpoint.mapped_file import MappedFile
@@ -19,6 +20,7 @@ from metalstep.kernels.native import DeviceBuffer, NativeDevice
 from metalstep.plan.weights import CHUNK, DTYPES, WeightStore, quantised_planes
 
 LOAD_BYTES = 16  # of the widest load of a kernel
+PIECE_BYTES = CHUNK  # of a tensor that is copied: so much of it is in memory twice
 OWN_BYTES = CHUNK // 8  # a larger tensor has a buffer of its own: what it does not fill of a chunk would be memory taken for nothing
 
 
@@ -38,7 +40,7 @@ class GpuWeightStore(WeightStore):
 
     def _reserve(self, nbytes: int) -> tuple[DeviceBuffer, int]:
         if nbytes > OWN_BYTES:
-            return self._device.create_buffer(nbytes), 0
+            return self._device.create_buffer(nbytes, shared=False), 0
         return super()._reserve(nbytes)
 
     def _pack(self, name: str, n: int, k: int, bits: int, group_size: int, first: int) -> PackedWeight:
@@ -79,18 +81,27 @@ class GpuWeightStore(WeightStore):
             return mapped
         region = (ctypes.c_uint8 * (rows * row_bytes)).from_address(tensor.address())
         stored = np.ctypeslib.as_array(region).reshape(rows, row_bytes)
-        wanted = slice(first, first + n) if tensor.row_order is None else tensor.row_order[first : first + n]
-        copied = self._copied(stored[wanted])
+        order, nbytes = tensor.row_order, n * row_bytes
+        owner, offset = self._reserve(nbytes)
+        piece = max(1, PIECE_BYTES // max(row_bytes, 1))
+        for row in range(0, n, piece):
+            end = min(row + piece, n)
+            wanted = slice(first + row, first + end) if order is None else order[first + row : first + end]
+            owner.write(stored[wanted], offset + row * row_bytes)
         tensor.drop_pages()
-        return copied
+        loading.advance(nbytes)
+        return Buffer(owner.handle, offset, (nbytes,), "uint8")
 
     def _copied(self, values: np.ndarray) -> Buffer:
         owner, offset = self._reserve(values.nbytes)
-        owner.numpy(values.dtype, values.shape, offset)[...] = values
+        owner.write(values, offset)
+        loading.advance(values.nbytes)
         return Buffer(owner.handle, offset, (values.nbytes,), "uint8")
 
     def _mapped(self, tensor: Tensor, offset: int, nbytes: int) -> Buffer | None:
         """Bytes of the file that holds `tensor`, seen by the device; None where they must be copied."""
+        if not self._device.unified:
+            return None
         if not isinstance(tensor, FileTensor) or tensor.row_order is not None or (tensor.start + offset) % LOAD_BYTES:
             return None
         file = tensor.file

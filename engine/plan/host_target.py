@@ -24,6 +24,8 @@ class HostTarget:
     """See Target. arithmetic: of quantised linears, see kernels/linear.py. A row's result never depends on its batch."""
 
     kv_memory = 0.5  # memory is taken when it is first written
+    max_rows = SHAPES[-1].tokens
+    halves = False
     norm_inputs = False
     keys_by_token = False
 
@@ -51,8 +53,17 @@ class HostTarget:
         return row_program.launches(program, step, buffers, rows, max_rows, group)
 
     def linear(
-        self, x: Input, segments: list[Segment], step: StepBuffers, buffers: list[Buffer], rows: int, max_rows: int
+        self,
+        x: Input,
+        segments: list[Segment],
+        step: StepBuffers,
+        buffers: list[Buffer],
+        rows: int,
+        max_rows: int,
+        planes: int,
+        scratch: Scratch,
     ) -> list[Launch]:
+        assert planes == 1  # see fusion
         return linear.launches(x, segments, step, buffers, rows, max_rows, self.arithmetic)
 
     def attention(self, shape: PlanShape, inside: Any, scratch: Scratch, *args: Any, **options: Any) -> list[Launch]:

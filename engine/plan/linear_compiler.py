@@ -12,7 +12,7 @@ from metalstep.kernels import elementwise, linear, params
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.linear import Input, Norm, PackedWeight, Segment
 from metalstep.kernels.program import Operand, Program, Register
-from metalstep.plan.bindings import Placement, Slots
+from metalstep.plan.bindings import Placement, Slots, dtype_of
 from metalstep.plan.layout import row_view
 from metalstep.plan.row_compiler import RowCompiler, named_inputs
 
@@ -197,6 +197,6 @@ class LinearCompiler:
             result = operand(value)
             if not isinstance(result, Register) or row_size(value) != width:
                 raise CaptureError(f"an epilogue whose result {value} is not one product wide ({width} columns)")
-            slot = slots.write(self.placement.values[value])
-            program.store(result, slot, row_stride=width)
+            buffer = self.placement.values[value]
+            program.store(result, slots.write(buffer), row_stride=width, dtype=dtype_of(buffer))
         return program

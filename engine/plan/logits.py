@@ -2,32 +2,87 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
 
 import numpy as np
+
+from metalstep.kernels.launch import Buffer
+from metalstep.kernels.native import NativeDevice
+
+
+class Row(Protocol):
+    """One row of logits, float32 [vocab], wherever it lies."""
+
+    def numpy(self) -> np.ndarray:
+        """The values, for as long as nobody overwrites the place."""
+
+    def copy(self) -> Row:
+        """The same in a place of its own."""
+
+
+class HostRow:
+    """Of memory that the host sees."""
+
+    __slots__ = ("_view",)
+
+    def __init__(self, view: np.ndarray):
+        self._view = view
+
+    def numpy(self) -> np.ndarray:
+        return self._view
+
+    def copy(self) -> HostRow:
+        return HostRow(self._view.copy())
+
+
+class DeviceRow:
+    """Of memory that the host does not see: a copy stays on the device, in the order of its queue, until somebody reads it."""
+
+    __slots__ = ("__weakref__", "_buffer", "_device", "_free")
+
+    def __init__(self, device: NativeDevice, buffer: Buffer, free: list[Buffer]):
+        """free: places for copies."""
+        self._device, self._buffer, self._free = device, buffer, free
+
+    def numpy(self) -> np.ndarray:
+        return self._device.read(self._buffer, np.float32, self._buffer.shape)
+
+    def copy(self) -> DeviceRow:
+        try:
+            place = self._free.pop()
+        except IndexError:
+            owner = self._device.create_buffer(self._buffer.nbytes, shared=False)
+            place = replace(self._buffer, handle=owner.handle, offset=0)
+        self._device.copy(self._buffer, place)
+        copied = DeviceRow(self._device, place, self._free)
+        weakref.finalize(copied, self._free.append, place).atexit = False
+        return copied
 
 
 class Logits:
     """One row of logits, float32 [vocab]. It stays where the step wrote it as long as nothing needs the place."""
 
-    __slots__ = ("__weakref__", "_lent", "_values")
+    __slots__ = ("__weakref__", "_lent", "_row")
 
-    def __init__(self, view: np.ndarray, *, lent: bool = False):
-        """lent: the view's place is overwritten by and by; `keep` is called before."""
-        self._values = view
+    def __init__(self, row: Row, *, lent: bool = False):
+        """lent: the row's place is overwritten by and by; `keep` is called before."""
+        self._row = row
         self._lent = lent
 
     def numpy(self) -> np.ndarray:
         """The values, for reading. From any thread, while another one runs steps."""
         while self._lent:
-            values = self._values
-            copied = values.copy()
-            if values is self._values:  # so `keep` had not been called, and nothing had been overwritten
+            row = self._row
+            copied = row.numpy().copy()
+            if row is self._row:  # so `keep` had not been called, and nothing had been overwritten
                 return copied
-        return self._values
+        return self._row.numpy()
 
     def keep(self) -> None:
         """The place is about to be overwritten."""
-        self._values = self._values.copy()
+        self._row = self._row.copy()
         self._lent = False
 
 
@@ -35,18 +90,17 @@ class LogitsRing:
     """The places that a plan's steps write logits to in turn. With two, a caller that drops each response before it asks for the one
     after the next never pays for a copy.
 
-    views: float32 [sampled, vocab] each. lent: of rows whose place is nobody's alone, where StepMemory finds them; None: the ring's own.
+    rows: of each place. lent: of rows whose place is nobody's alone, where StepMemory finds them; None: the ring's own.
     """
 
-    def __init__(self, views: list[np.ndarray], lent: list[weakref.ref[Logits]] | None = None):
-        self.views = views
-        self._rows = [list(view) for view in views]
+    def __init__(self, rows: Sequence[Sequence[Row]], lent: list[weakref.ref[Logits]] | None = None):
+        self._rows = rows
         self.current = 0
-        self._lent: list[list[weakref.ref[Logits]]] = [[] if lent is None else lent for _ in views]
+        self._lent: list[list[weakref.ref[Logits]]] = [[] if lent is None else lent for _ in rows]
 
     def advance(self) -> int:
         """Move on to the next place, saving what is still held there; returns its number."""
-        self.current = (self.current + 1) % len(self.views)
+        self.current = (self.current + 1) % len(self._rows)
         lent = self._lent[self.current]
         if lent:
             for reference in lent:
@@ -56,8 +110,18 @@ class LogitsRing:
             lent.clear()
         return self.current
 
-    def lend(self, row: int) -> Logits:
-        """A row of the latest step, to one caller."""
-        logits = Logits(self._rows[self.current][row], lent=True)
-        self._lent[self.current].append(weakref.ref(logits))
+    def lend(self, row: int, place: int | None = None) -> Logits:
+        """A row of the latest step that wrote to a place, to one caller. None: the current one."""
+        place = self.current if place is None else place
+        logits = Logits(self._rows[place][row], lent=True)
+        self._lent[place].append(weakref.ref(logits))
         return logits
+
+
+def rows_of(device: NativeDevice, place: Buffer, count: int, vocab_size: int) -> list[Row]:
+    """The rows of logits at `place`, float32 [count, vocab_size]."""
+    if device.unified:
+        return [HostRow(row) for row in device.numpy(place, np.float32, (count, vocab_size))]
+    free: list[Buffer] = []
+    size = 4 * vocab_size
+    return [DeviceRow(device, Buffer(place.handle, place.offset + i * size, (vocab_size,), "float32"), free) for i in range(count)]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from metalstep.capture.errors import CaptureError
@@ -15,6 +15,7 @@ from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import Norm
 from metalstep.kernels.program import Program
 from metalstep.plan.bindings import KVPlanes, Placement, Slots
+from metalstep.plan.halves import half_values
 from metalstep.plan.hazards import Access, barriers
 from metalstep.plan.layout import row_view
 from metalstep.plan.linear_compiler import LinearCompiler
@@ -24,8 +25,6 @@ from metalstep.plan.step_arrays import StepArrays
 from metalstep.plan.step_memory import StepMemory
 from metalstep.plan.target import PlanShape, Target
 from metalstep.plan.weights import WeightStore
-
-FLOAT = 4  # bytes of an arena element
 
 
 @dataclass
@@ -141,7 +140,8 @@ class _Lowering:
         """One op's launches. Those that use scratch memory follow one another."""
         entries = []
         for i, launch in enumerate(launches):
-            used = [buffer for buffer in self._scratches if buffer in launch.bindings]
+            bound = {buffer.handle for buffer in launch.bindings}
+            used = [buffer for buffer in self._scratches if buffer.handle in bound]
             entries.append(LoweredLaunch(launch, Access(reads, [*writes, *used]), ops, **(facts if i == 0 else {})))
         return entries
 
@@ -194,30 +194,36 @@ class _Lowering:
         for value in self.graph.outputs:
             last[row_view(value).root] = end
         lifetimes: list[Lifetime] = []
-        shapes: dict[Any, tuple[int, int]] = {}
+        places: dict[Any, Buffer] = {}
+        halves = half_values(self.graph, self.nodes) if self.target.halves else set()
         for node in self.nodes:
             for value in node.outputs:
                 if is_handle(value, node.attrs.get("body", [node])):
                     continue
                 if value.rows is None:
                     raise CaptureError(f"a result that does not have one row per token: {node}")
-                shapes[value] = (self.shape.rows(value.rows), row_size(value))
-                lifetimes.append(self._lifetime(value, shapes[value], index[node], last.get(value, index[node])))
+                shape: tuple[int, ...] = (self.shape.rows(value.rows), row_size(value))
+                if self._planes(node) > 1:
+                    shape = (self._planes(node), *shape)
+                places[value] = Buffer(0, 0, shape, "float16" if value in halves else "float32")
+                lifetimes.append(Lifetime(value, places[value].nbytes, index[node], last.get(value, index[node])))
         for key, node in self.rope_nodes.items():
-            shapes[key] = (self.shape.tokens, node.attrs["dims"])
-            lifetimes.append(self._lifetime(key, shapes[key], 0, end))
+            places[key] = Buffer(0, 0, (self.shape.tokens, node.attrs["dims"]), "float32")
+            lifetimes.append(Lifetime(key, places[key].nbytes, 0, end))
         offsets, size = arena_layout(lifetimes)
         arena = self._take(max(size, 1))
-        for key, shape in shapes.items():
-            region = Buffer(arena.handle, offsets[key], shape, "float32")
+        for key, place in places.items():
+            region = replace(place, handle=arena.handle, offset=offsets[key])
             if isinstance(key, tuple):
                 self.angles[key] = region
             else:
                 self.placement.values[key] = region
         return arena
 
-    def _lifetime(self, key: object, shape: tuple[int, int], first: int, last: int) -> Lifetime:
-        return Lifetime(key, shape[0] * shape[1] * FLOAT, first, last)
+    @staticmethod
+    def _planes(node: Node) -> int:
+        """In how many planes a linear leaves each of its results; see the pass."""
+        return int(node.attrs.get("planes", 1))
 
     def _lower(self, node: Node, angles: dict[tuple[Any, ...], Node]) -> list[LoweredLaunch]:
         if node.op == "row_program":
@@ -256,7 +262,9 @@ class _Lowering:
         compiler = LinearCompiler(node, self.placement, self.angles, norm_inputs=self.target.norm_inputs)
         x, segments, slots = compiler.compile()
         rows = self._rows(node)
-        launches = self.target.linear(x, segments, self.step, slots.buffers, self._rows_code(rows), self.shape.rows(rows))
+        launches = self.target.linear(
+            x, segments, self.step, slots.buffers, self._rows_code(rows), self.shape.rows(rows), self._planes(node), self._scratch
+        )
         multiplied = [weight for segment in segments for weight in segment.weights]
         return self._entries(
             launches,

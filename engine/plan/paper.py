@@ -1,7 +1,6 @@
 """Plans on paper: a graph lowered for a target without its device. Buffers are counted, weights known by their shape alone."""
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
@@ -27,28 +26,27 @@ from metalstep.plan.target import PlanShape, Target
 from metalstep.plan.weights import CHUNK, DTYPES, WeightStore, quantised_planes
 
 ANY_ROWS = (7, 5)  # tokens and sampled rows of a graph: a lowered graph's rows are data
-WRITABLE = 1 << 20  # bytes of a view that can be written; a larger one reads as zeros and takes no memory
 
 
 class PaperDevice:
-    """A device in name. Buffers have handles and sizes, views of them do not remember what is written. nbytes: of all buffers."""
+    """A device in name. Buffers have handles and sizes, and there is nothing behind them. nbytes: of all buffers."""
+
+    unified = False
 
     def __init__(self, name: str):
+        self.kind = name
         self.info = DeviceInfo(f"{name} (on paper)", "", 0, 0)
         self.nbytes = 0
         self._handles = 0
 
-    def create_buffer(self, nbytes: int) -> DeviceBuffer:
+    def create_buffer(self, nbytes: int, *, shared: bool = True) -> DeviceBuffer:
         self._handles += 1
         self.nbytes += nbytes
-        return DeviceBuffer(self._handles, nbytes, cast(NativeDevice, self))
+        return DeviceBuffer(self._handles, nbytes, cast(NativeDevice, self), shared)
 
     def view(self, handle: int, dtype: DTypeLike, shape: Sequence[int], offset: int = 0) -> np.ndarray:
-        """Zeros."""
-        dtype = np.dtype(dtype)
-        if math.prod(shape) * dtype.itemsize <= WRITABLE:
-            return np.zeros(tuple(shape), dtype)
-        return np.broadcast_to(np.zeros((), dtype), tuple(shape))
+        """Zeros, which take no memory."""
+        return np.zeros(tuple(shape), dtype)
 
 
 class PaperWeights(WeightStore):
@@ -156,7 +154,8 @@ def paper_plan(
     weights = PaperWeights(device, tensors, prepared)
     num_blocks = [-(-context // BLOCK_SIZE) * rows for _ in groups]
     cache = PagedKVCache(device, groups, num_blocks, keys_by_token=target.keys_by_token)
-    sizes = step_sizes(MAX_SEQS, len(groups), context, row_size(graph.outputs[0]), hidden_size=embedding_size(graph))
+    vocab_size = row_size(graph.outputs[0])
+    sizes = step_sizes(MAX_SEQS, len(groups), context, vocab_size, rows=target.max_rows, hidden_size=embedding_size(graph))
     arrays = StepArrays(device, sizes)
     shape = target.plan_shape(rows, decode=True, context=context)
     lowered = lower(captured.graph(*ANY_ROWS, target.fusion(shape)), StepMemory(device), weights, cache.planes, arrays, shape, target)

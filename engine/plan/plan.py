@@ -3,14 +3,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.native import NativeDevice, NativePlan
-from metalstep.plan.logits import Logits, LogitsRing
+from metalstep.plan.logits import Logits, LogitsRing, rows_of
 from metalstep.plan.lower import Lowered
 from metalstep.plan.step_arrays import StepArrays, StepBatch, StepStage
 from metalstep.plan.target import PlanShape
@@ -19,11 +20,8 @@ from metalstep.plan.target import PlanShape
 class Plan:
     """The native plan of one lowered graph, the step's arrays and where its logits are.
 
-    A plan of one row has two places for logits and uses them in turn (see LogitsRing). submitted: when the latest `replay` was queued, by
-    time.perf_counter_ns.
+    A plan of one row has two places for logits and uses them in turn (see LogitsRing).
     """
-
-    submitted = 0
 
     def __init__(self, device: NativeDevice, lowered: Lowered, arrays: StepArrays, shape: PlanShape):
         self.shape = shape
@@ -47,14 +45,13 @@ class Plan:
         logits = self._lowered.logits
         if self.shape.tokens > 1:
             return [logits]  # in the arena, where another step's values may overlap them
-        owners = [self._device.create_buffer(logits.nbytes) for _ in range(2)]
+        owners = [self._device.create_buffer(logits.nbytes, shared=False) for _ in range(2)]
         return [replace(logits, handle=owner.handle, offset=0) for owner in owners]
 
     @cached_property
     def _ring(self) -> LogitsRing:
-        rows = (self.shape.sampled, self._lowered.logits.shape[1])
         lent = None if self.shape.tokens == 1 else self._memory.lent
-        return LogitsRing([self._device.numpy(place, np.float32, rows) for place in self._places], lent)
+        return LogitsRing([rows_of(self._device, place, self.shape.sampled, place.shape[1]) for place in self._places], lent)
 
     def whole(self, stage: StepStage) -> NativePlan:
         """The step, with inputs from a stage. It makes no inputs of a next one."""
@@ -107,14 +104,14 @@ class Plan:
         if not stages:
             self._native  # noqa: B018
 
-    @property
-    def logits(self) -> np.ndarray:
-        """What the latest step left: float32 [max_sampled, vocab], valid until the next step of any plan."""
-        return self._ring.views[self._ring.current]
+    def logits(self, first: int = 0, count: int | None = None, *, place: int | None = None) -> np.ndarray:
+        """A copy of rows that the latest step left, float32 [count, vocab]; None: all. place: see Run."""
+        buffer = self._places[self._ring.current if place is None else place]
+        return read_rows(self._device, buffer, first, self.shape.sampled - first if count is None else count)
 
-    def lend_logits(self, row: int) -> Logits:
-        """A row of the latest step's logits, for longer than the next step."""
-        return self._ring.lend(row)
+    def lend_logits(self, row: int, place: int) -> Logits:
+        """A row of logits, for longer than the next step in the same place."""
+        return self._ring.lend(row, place)
 
     def run(self, batch: StepBatch) -> np.ndarray:
         """One step; returns the sampled rows' results (SAMPLED), valid until the next step of any plan.
@@ -127,35 +124,105 @@ class Plan:
                 f"{self.shape.tokens} and {self.shape.sampled}"
             )
         self.arrays.write(batch)
-        self.replay()
-        return self.arrays.sampled[0, : len(batch.sampled_rows)]
+        first = self.replay()
+        return self.arrays.sampled[first, : len(batch.sampled_rows)]
 
-    def replay(self, steps: int = 1) -> None:
-        """`steps` steps on what the arrays hold already, in one native call; more than one when MSStep.advance is set."""
-        native = self._prepare()
-        ticket = native.run(steps)
-        self.submitted = time.perf_counter_ns()
-        native.wait(ticket)
+    def replay(self, steps: int = 1) -> int:
+        """`steps` steps on what the arrays hold already, more than one when MSStep.advance is set; returns the first one's row of
+        `sampled`."""
+        run = self.start(steps)
+        for part in run.parts:
+            run.wait(part)
+        return run.parts[0].row
 
-    @cached_property
-    def place_of_logits(self) -> np.ndarray:
-        """Where a step with inputs from a stage leaves its logits: float32 [max_sampled, vocab], valid until the next step of any plan."""
-        return self._device.numpy(self._lowered.logits, np.float32, (self.shape.sampled, self._lowered.logits.shape[1]))
+    def start(self, steps: int) -> Run:
+        """As `replay`, without waiting. A GPU goes on with the parts behind it while one's results are taken, each half of what is left, so
+        that little is when the last is done."""
+        place, native = self._prepare()
+        row = self.arrays.next_results(steps)
+        self.arrays.send()
+        parts = []
+        for count in self._parts(steps):
+            parts.append(Part(row, count, native.run(count)))
+            row += count
+        return Run(self, native, place, parts, time.perf_counter_ns())
+
+    def _parts(self, steps: int) -> list[int]:
+        """The host device computes with the processors that would take the results meanwhile: it has one part."""
+        if self._device.kind == "host":
+            return [steps]
+        parts = []
+        while steps > 1:
+            parts.append(steps // 2)
+            steps -= steps // 2
+        return [*parts, steps]
 
     def profile(self) -> list[int]:
         """Nanoseconds of each launch in one step on what the arrays hold, barriers included."""
-        return self._prepare().profile()
+        return self.profiled()[1]
 
-    def _prepare(self) -> NativePlan:
-        """The native plan that runs next, with nothing in its way."""
-        self.arrays.rewind()
+    def profiled(self) -> tuple[Run, list[int]]:
+        """One step on what the arrays hold, done, and `profile` of it."""
+        place, native = self._prepare()
+        row = self.arrays.next_results(1)
+        self.arrays.send()
+        queued = time.perf_counter_ns()
+        times = native.profile()
+        return Run(self, native, place, [Part(row, 1, 0)], queued), times
+
+    @property
+    def place_of_logits(self) -> Buffer:
+        """Where a step with inputs from a stage leaves its logits: float32 [max_sampled, vocab], valid until the next step of any plan."""
+        return self._lowered.logits
+
+    def _prepare(self) -> tuple[int, NativePlan]:
+        """The native plan that runs next, with nothing in its way, and the number of its place of logits."""
         self._memory.keep_lent()
-        return self._native[self._ring.advance()]
+        place = self._ring.advance()
+        return place, self._native[place]
 
     def close(self) -> None:
         made = self.__dict__
         for native in [*made.get("_native", ()), *self._of_stages.values(), *filter(None, map(made.get, ("sampler", "again")))]:
             native.close()
+
+
+class Part(NamedTuple):
+    """Steps that are waited for together. row: of `sampled`, the first one's results."""
+
+    row: int
+    steps: int
+    ticket: int
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Steps that are under way. place: of their logits, among the plan's. submitted: when they were queued, by time.perf_counter_ns."""
+
+    plan: Plan
+    native: NativePlan
+    place: int
+    parts: list[Part]
+    submitted: int
+
+    def wait(self, part: Part) -> None:
+        """Until its results, and those of the parts before it, are there."""
+        if part.ticket:
+            self.native.wait(part.ticket)
+
+    def logits(self, row: int) -> np.ndarray:
+        """A copy of the last step's row of logits, float32 [vocab]."""
+        return self.plan.logits(row, 1, place=self.place)[0]
+
+    def lend_logits(self, row: int) -> Logits:
+        """The same without a copy, for longer than the next step."""
+        return self.plan.lend_logits(row, self.place)
+
+
+def read_rows(device: NativeDevice, logits: Buffer, first: int, count: int) -> np.ndarray:
+    """A copy of rows of `logits`, float32 [rows, vocab], when what was queued before is done."""
+    vocab_size = logits.shape[1]
+    return device.read(replace(logits, offset=logits.offset + 4 * first * vocab_size), np.float32, (count, vocab_size))
 
 
 def _rebound(launches: list[Launch], old: Buffer, new: Buffer) -> list[Launch]:

@@ -40,8 +40,9 @@ class RequestSlots:
             ("xtc", dict.fromkeys(sampling.xtc_special_tokens, 0.0)),
         ):
             ranges[f"{name}_first"], ranges[f"{name}_count"] = at, len(entries)
-            arrays.biases["token"][at : at + len(entries)] = list(entries)
-            arrays.biases["bias"][at : at + len(entries)] = list(entries.values())
+            if entries:
+                biases = arrays.edit(arrays.biases[at : at + len(entries)])
+                biases["token"], biases["bias"] = list(entries), list(entries.values())
             at += len(entries)
         fields = dict(
             temperature=sampling.temperature,
@@ -92,8 +93,9 @@ class RequestSlots:
 
     def _count(self, slot: int, tokens: list[int], num_prompt: int) -> None:
         known = np.asarray(tokens, np.int32)
-        self._arrays.history[slot, : len(known)] = known
-        counts = self._arrays.counts[slot]
+        arrays = self._arrays
+        arrays.edit(arrays.history[slot, : len(known)])[:] = known
+        counts = arrays.edit(arrays.counts[slot])
         counts[:] = 0
         output = known[num_prompt:]
         np.add.at(counts, output[output >= 0], 1)
@@ -111,7 +113,7 @@ class RequestSlots:
         else:
             allowed[list(sampling.allowed_token_ids)] = 1
         allowed[list(sampling.banned_token_ids)] = 0
-        self._arrays.masks[slot] = np.packbits(allowed, bitorder="little").view(np.uint32)
+        self._arrays.edit(self._arrays.masks[slot])[:] = np.packbits(allowed, bitorder="little").view(np.uint32)
         return slot + 1
 
 

@@ -10,7 +10,7 @@ from metalstep.capture.passes.kinds import contiguous, row_size
 from metalstep.kernels import elementwise, embedding, kv_write, layer_norm, params, rms_norm, rope
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.program import Operand, Program, Register
-from metalstep.plan.bindings import Placement, Slots
+from metalstep.plan.bindings import Placement, Slots, dtype_of
 from metalstep.plan.layout import RowView, row_view
 
 REDUCE = {"sum": params.MS_SUM, "prod": params.MS_PROD, "max": params.MS_MAX, "min": params.MS_MIN}
@@ -60,7 +60,7 @@ class RowCompiler:
     def store(self, value: Value) -> None:
         """Write a value that other launches read to its place."""
         buffer = self.placement.values[value]
-        self.program.store(self.register(value), self.slots.write(buffer), row_stride=row_size(value))
+        self.program.store(self.register(value), self.slots.write(buffer), row_stride=row_size(value), dtype=dtype_of(buffer))
 
     def register(self, value: Value) -> Register:
         """`value` in a register; a scalar is spread over one."""
@@ -94,15 +94,26 @@ class RowCompiler:
     def _load(self, view: RowView, offset: int, size: int) -> Register:
         key = (view.root, offset, size, view.sampled)
         if key not in self._loaded:
+            planes, plane_stride = 1, 0
             if view.root.kind == "input":
                 slot, dtype = self._input_slot(view.root), params.MS_INT32
             else:
-                slot, dtype = self.slots.read(self.placement.buffer(view.root)), params.MS_FLOAT32
+                buffer = self.placement.buffer(view.root)
+                slot, dtype = self.slots.read(buffer), params.MS_FLOAT32
+                if len(buffer.shape) == 3 and view.root.rows:
+                    planes, plane_stride = buffer.shape[0], buffer.shape[1] * buffer.shape[2]
             rows = params.MS_ROW_SAME
             if view.row_stride:
                 rows = params.MS_ROW_SAMPLED if view.sampled else params.MS_ROW_SELF
             self._loaded[key] = self.program.load(
-                slot, size, rows=rows, offset=offset, row_stride=view.row_stride, dtype=dtype
+                slot,
+                size,
+                rows=rows,
+                offset=offset,
+                row_stride=view.row_stride,
+                dtype=dtype,
+                planes=planes,
+                plane_stride=plane_stride,
             )
         return self._loaded[key]
 

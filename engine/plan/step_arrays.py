@@ -1,10 +1,11 @@
-"""The step's arrays in one device buffer: what a step runs on, what it leaves, and what a running request keeps there."""
+"""The step's arrays on the device: what a step runs on, what it leaves, and what a running request keeps there."""
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.native import DeviceBuffer, NativeDevice
 from metalstep.kernels.step import StepBuffers
 from metalstep.plan.memory import ALIGN
+from metalstep.plan.mirror import Mirror
 from metalstep.sampling import MAX_TOKEN_ENTRIES
 
 STEP = params.record("MSStep")
@@ -88,12 +90,12 @@ class StepInputs:
     limits: np.ndarray
     sampling: np.ndarray
 
-    def __init__(self, sizes: StepSizes, layout: _Layout, owner: DeviceBuffer, block_tables: np.ndarray):
-        """owner: holds the region of INPUTS from its beginning on. block_tables: where rows' positions lie."""
+    def __init__(self, sizes: StepSizes, view: Callable[[str], Any], block_tables: np.ndarray):
+        """view: of one of INPUTS, writable. block_tables: where rows' positions lie."""
         self.sizes = sizes
         self._tables = block_tables
         for name in INPUTS:
-            setattr(self, name, layout.view(owner, name))
+            setattr(self, name, view(name))
         self.step["num_seqs"], self.step["max_blocks"] = sizes.seqs, sizes.max_blocks
         self._index = self.step["index"].data
         self._records = words_of(self.sampling)
@@ -125,33 +127,84 @@ class StepInputs:
         for tables, slots in zip(self._tables, self.slot_mappings, strict=True):
             slots[:rows] = tables[self.seq_ids[:rows], blocks] * self.sizes.block_size + places
 
+    def write_results_to(self, row: int) -> None:
+        """The row of `sampled` and `top` that the step leaves its results in."""
+        self._index[0] = row
 
-class StepArrays(StepInputs):
-    """numpy views that the host writes and kernels read. Rows of block tables, sequences, history, counts and masks are a request's
-    slot for as long as it runs."""
+
+class StepArrays:
+    """What kernels read and leave, as numpy views. Rows of block tables, sequences, history, counts and masks are a request's slot for as
+    long as it runs.
+
+    All but `sampled` and `top`, which the device writes, are for reading: `edit` gives a part of one for writing, `write` and `move_on` put
+    a step's inputs in place, and before a run is queued `send` lets the device have what changed (see Mirror).
+    """
 
     def __init__(self, device: NativeDevice, sizes: StepSizes):
         layout = _Layout(sizes)
-        owner = device.create_buffer(layout.nbytes)
-        super().__init__(sizes, layout, owner, layout.view(owner, "block_tables"))
+        owner = device.create_buffer(layout.nbytes, shared=False)
+        results = device.create_buffer(layout.result_bytes)
+        mirror = Mirror(device, owner, layout.nbytes, layout.quiet)
+        self.sizes = sizes
+        self.edit, self.send = mirror.edit, mirror.send
+        self._mirror = mirror
+        views = {name: mirror.view(dtype, shape, layout.offsets[name]) for name, (shape, dtype) in layout.shapes.items()}
+        self.step: Records = views["step"]
+        self.tokens: np.ndarray = views["tokens"]
+        self.positions: np.ndarray = views["positions"]
+        self.seq_ids: np.ndarray = views["seq_ids"]
+        self.slot_mappings: np.ndarray = views["slot_mappings"]
+        self.sampled_rows: np.ndarray = views["sampled_rows"]
+        self.limits: np.ndarray = views["limits"]
+        self.sampling: Records = views["sampling"]
+        self.block_tables: np.ndarray = views["block_tables"]
+        self.sequences: Records = views["sequences"]
+        self.embeddings: np.ndarray = views["embeddings"]
+        self.biases: Records = views["biases"]
+        self.masks: np.ndarray = views["masks"]
+        self.history: np.ndarray = views["history"]
+        self.counts: np.ndarray = views["counts"]
+        self.sampled: np.ndarray = layout.result(results, "sampled")
+        self.top: np.ndarray = layout.result(results, "top")
         grouped = {name: layout.groups(owner, name) for name in GROUPED}
         single = {name: layout.region(owner, name) for name in layout.shapes if name not in GROUPED}
-        self.buffers = StepBuffers(**grouped, **single)  # type: ignore[arg-type]
+        self.buffers = StepBuffers(**grouped, **single, **layout.results(results))  # type: ignore[arg-type]
         self.inputs = layout.inputs(owner)
-        self.block_tables = self._tables
-        self.sequences: np.ndarray = layout.view(owner, "sequences")
-        self.embeddings: np.ndarray = layout.view(owner, "embeddings")
-        self.sampled: np.ndarray = layout.view(owner, "sampled")
-        self.top: np.ndarray = layout.view(owner, "top")
-        self.biases: Records = layout.view(owner, "biases")
-        self.masks: np.ndarray = layout.view(owner, "masks")
-        self.history: np.ndarray = layout.view(owner, "history")
-        self.counts: np.ndarray = layout.view(owner, "counts")
+        self._own = StepInputs(sizes, partial(layout.input, mirror), self.block_tables)
         self._device, self._layout = device, layout
+        self.row = self._next = 0  # of the results of the latest run and of the next one; the device has `_next` as MSStep.index
+
+    def write(self, batch: StepBatch) -> None:
+        """Put a step's rows in place; block tables hold their places already. Raises: ValueError for more than there is room for."""
+        self._own.write(batch)
+        self._own.write_results_to(self._next % self.sizes.steps)  # as the device has it
+        self._mirror.changed(0, self._layout.input_bytes)
+
+    def move_on(self, positions: Rows[int] | np.ndarray, limits: Rows[int] | np.ndarray) -> None:
+        """Of a decode step whose inputs the device has made: what changed block tables change. positions, limits: of all its rows."""
+        self._own.limits[: len(limits)] = limits
+        self._own.place(positions)
+        self._mirror.changed(self._layout.offsets["positions"], self._layout.offsets["sampling"])  # no input that the device alone knows
+
+    def next_results(self, steps: int) -> int:
+        """The first row of `sampled` and `top` for a run of so many steps, `row` until the next. Runs use the rows in turn, so that the
+        device, which counts them, seldom needs to be told."""
+        if self._next + steps > self.sizes.steps:
+            self.rewind()
+        self.row = self._next
+        self._next += steps
+        return self.row
 
     def rewind(self) -> None:
-        """A run's results start at the first row again."""
-        self._index[0] = 0
+        """The next run's results start at the first row, however far the last one came."""
+        self._next = 0
+        self._own.write_results_to(0)
+        self._mirror.changed(*self._layout.index)
+
+    @property
+    def is_sent(self) -> bool:
+        """Whether the device has every change."""
+        return self._mirror.is_sent
 
     def stage(self, step_load: StepLoad) -> StepStage:
         """A place for a step's inputs while another step runs; each call makes one. step_load: the device's, see Target."""
@@ -162,12 +215,13 @@ class StepStage(StepInputs):
     """Inputs of a step that waits for its turn. `load`, the first launch of that step, copies them to the step's own arrays.
 
     sources: int32 [rows]; a row's token is that of this place of `sampled`, flat over [steps, results]; -1: it is in `tokens`.
+    The host sees the memory, so it is written when no step under way has yet to load it.
     """
 
     def __init__(self, device: NativeDevice, layout: _Layout, arrays: StepArrays, step_load: StepLoad):
         sizes = arrays.sizes
         owner = device.create_buffer(layout.input_bytes + 4 * sizes.rows)
-        super().__init__(sizes, layout, owner, arrays.block_tables)
+        super().__init__(sizes, partial(layout.input, owner), arrays.block_tables)
         self.sources = owner.numpy(np.int32, (sizes.rows,), layout.input_bytes)
         self.load = step_load(
             Buffer(owner.handle, 0, (layout.input_bytes // 4 + sizes.rows,), "int32"),
@@ -178,13 +232,10 @@ class StepStage(StepInputs):
             max_tokens=sizes.rows,
         )
 
-    def write_results_to(self, row: int) -> None:
-        """The row of `sampled` and `top` that the step leaves its results in."""
-        self._index[0] = row
-
 
 class _Layout:
-    """Where each array lies in one buffer: INPUTS first, so that one copy puts a step's inputs in place."""
+    """Where each array lies in one buffer: INPUTS first, so that one copy puts a step's inputs in place, then what the host alone writes,
+    last what a sampler changes too. What a step leaves lies in a buffer of its own, which the host sees on every device."""
 
     def __init__(self, sizes: StepSizes):
         int32 = np.dtype(np.int32)
@@ -201,24 +252,46 @@ class _Layout:
             "block_tables": ((sizes.groups, sizes.seqs, sizes.max_blocks), int32),
             "sequences": ((sizes.seqs,), SEQUENCE),
             "embeddings": ((sizes.rows, sizes.hidden_size), np.dtype(np.float32)),
-            "sampled": ((sizes.steps, sizes.results), SAMPLED),
-            "top": ((sizes.steps, sizes.results, sizes.top), TOP),
             "biases": ((sizes.seqs * MAX_TOKEN_ENTRIES,), BIAS),
             "masks": ((sizes.seqs * MASK_ROWS, sizes.mask_words), np.dtype(np.uint32)),
             "history": ((sizes.seqs, sizes.history_stride), int32),
             "counts": ((sizes.seqs, sizes.vocab_size), np.dtype(np.uint32)),
         }
+        self._results: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+            "sampled": ((sizes.steps, sizes.results), SAMPLED),
+            "top": ((sizes.steps, sizes.results, sizes.top), TOP),
+        }
         self.offsets: dict[str, int] = {}
-        at = 0
-        for name in self.shapes:
-            self.offsets[name] = at
-            at += _padded(self._size(name))
-        self.nbytes = at
+        self.nbytes, self.result_bytes = self._place(self.shapes), self._place(self._results)
         self.input_bytes = self.offsets["block_tables"]
+        self.quiet = range(self.offsets["block_tables"], self.offsets["history"])
+        assert STEP.fields is not None
+        index, at = STEP.fields["index"][:2]
+        self.index = (self.offsets["step"] + at, self.offsets["step"] + at + index.itemsize)
 
-    def view(self, owner: DeviceBuffer, name: str) -> Any:
+    def _place(self, shapes: dict[str, tuple[tuple[int, ...], np.dtype]]) -> int:
+        """Give each array its offset; returns the bytes of all."""
+        at = 0
+        for name, (shape, dtype) in shapes.items():
+            self.offsets[name] = at
+            at += _padded(math.prod(shape) * dtype.itemsize)
+        return at
+
+    def input(self, owner: DeviceBuffer | Mirror, name: str) -> Any:
+        """One of INPUTS, writable, of a region that begins with them."""
         shape, dtype = self.shapes[name]
+        make = owner.writable if isinstance(owner, Mirror) else owner.numpy
+        return make(dtype, shape, self.offsets[name])
+
+    def result(self, owner: DeviceBuffer, name: str) -> Any:
+        shape, dtype = self._results[name]
         return owner.numpy(dtype, shape, self.offsets[name])
+
+    def results(self, owner: DeviceBuffer) -> dict[str, Buffer]:
+        return {
+            name: Buffer(owner.handle, self.offsets[name], (math.prod(shape) * dtype.itemsize,), "uint8")
+            for name, (shape, dtype) in self._results.items()
+        }
 
     def region(self, owner: DeviceBuffer, name: str) -> Buffer:
         return Buffer(owner.handle, self.offsets[name], (self._size(name),), "uint8")

@@ -23,7 +23,7 @@ class StepMemory:
         """The smallest buffer of `nbytes` or more whose handle is not in `taken` (one plan's own), a new one where there is none."""
         fitting = [owner for owner in self._owners if owner.nbytes >= nbytes and owner.handle not in taken]
         if not fitting:
-            fitting = [self._device.create_buffer(nbytes)]
+            fitting = [self._device.create_buffer(nbytes, shared=False)]
             self._owners += fitting
         return min(fitting, key=lambda owner: owner.nbytes)
 

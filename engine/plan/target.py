@@ -21,13 +21,15 @@ from metalstep.plan.weights import WeightStore
 class PlanShape:
     """Which steps a plan is for: up to `tokens` rows, `sampled` of them sampled.
 
-    decode: every row is the newest token of a sequence of its own. splits: pieces that attention may divide a context into.
+    decode: every row is the newest token of a sequence of its own. splits: pieces that attention may divide a context into, of split_len
+    positions each (0: the device does not).
     """
 
     tokens: int
     sampled: int
     decode: bool = False
     splits: int = 1
+    split_len: int = 0
 
     def rows(self, kind: str | None) -> int:
         """The most rows of this kind, "sampled" or "tokens"."""
@@ -44,6 +46,8 @@ class Target(Protocol):
     """A kind of device. The methods named after ops return launches; see the op's file in kernels/ for the meaning."""
 
     kv_memory: float  # of the free memory, what a KV cache takes when nobody says
+    max_rows: int  # of a step
+    halves: bool  # rows that linears alone read, as they are, are float16
     norm_inputs: bool  # linears norm their input themselves (Input.norm) and take no other prologue
     keys_by_token: bool  # K planes are [block, kv_head, block_size, head_dim], else [block, kv_head, head_dim, block_size]
 
@@ -67,8 +71,17 @@ class Target(Protocol):
     ) -> list[Launch]: ...
 
     def linear(
-        self, x: Input, segments: list[Segment], step: StepBuffers, buffers: list[Buffer], rows: int, max_rows: int
-    ) -> list[Launch]: ...
+        self,
+        x: Input,
+        segments: list[Segment],
+        step: StepBuffers,
+        buffers: list[Buffer],
+        rows: int,
+        max_rows: int,
+        planes: int,
+        scratch: Scratch,
+    ) -> list[Launch]:
+        """planes: more than 1 only as Fusion.planes asks for it; the segments then store their products, float32 [planes, max_rows, n]."""
 
     def attention(self, shape: PlanShape, inside: Any, scratch: Scratch, *args: Any, **options: Any) -> list[Launch]: ...
 

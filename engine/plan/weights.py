@@ -44,7 +44,7 @@ class WeightStore:
         self._packed: dict[tuple[str, int, int], PackedWeight] = {}
         self._vectors: dict[str, Buffer] = {}
         self._free = 0
-        self._arena = device.create_buffer(self._arena_bytes())
+        self._arena = device.create_buffer(self._arena_bytes(), shared=False)
 
     def packed(self, name: str, n: int, k: int, bits: int, group_size: int, first: int = 0) -> PackedWeight:
         """Rows [first, first + n) of the linear weight `name` in the device's layout. bits 16 or more: dense.
@@ -74,12 +74,12 @@ class WeightStore:
         """`values` as float32 on the device."""
         values = np.ascontiguousarray(values, np.float32)
         owner, offset = self._reserve(values.nbytes)
-        owner.numpy(np.float32, values.shape, offset)[...] = values
+        owner.write(values, offset)
         return Buffer(owner.handle, offset, values.shape, "float32")
 
     def _reserve(self, nbytes: int) -> tuple[DeviceBuffer, int]:
         if self._free + nbytes > self._arena.nbytes:
-            self._arena, self._free = self._device.create_buffer(max(nbytes, CHUNK)), 0
+            self._arena, self._free = self._device.create_buffer(max(nbytes, CHUNK), shared=False), 0
         at = self._free
         self._free += -(-nbytes // ALIGN) * ALIGN
         return self._arena, at

@@ -12,6 +12,7 @@ from metalstep.scheduler.kv_blocks import KVBlocks
 from metalstep.scheduler.schedule import Entry, Schedule
 from metalstep.scheduler.sequence import Sequence, State
 
+MAX_AHEAD = 32  # steps of a run that is queued ahead
 WATERMARK_DIVISOR = 100  # of a group's blocks, the part that an admission leaves free at most
 
 
@@ -22,7 +23,7 @@ class Scheduler:
     A preempted sequence drops its blocks and computes its tokens again when it is its turn.
     max_seqs: sequences that run at once. max_rows, max_results: rows and result rows of a step. decode_steps: of one run, for
     sequences that do not say. on_evict: called with a sequence that is not recomputable before its blocks are given back; what it
-    returns (of the blocks that KVBlocks.filled names) is kept as the sequence's snapshot.
+    returns (of the blocks that KVBlocks.filled names) is kept as the sequence's snapshot. goes_ahead: see `ahead`.
     After an exception out of any method, or out of a step, `reset` makes everything whole again.
     """
 
@@ -34,6 +35,7 @@ class Scheduler:
         max_results: int = 64,
         decode_steps: int = 1,
         on_evict: Callable[[Sequence], Any] | None = None,
+        goes_ahead: bool = False,
     ):
         if not 1 <= max_seqs <= min(max_rows, max_results):
             raise ValueError(
@@ -47,7 +49,7 @@ class Scheduler:
             )
         self.blocks = blocks
         self.max_seqs, self.max_rows, self.max_results, self.decode_steps = max_seqs, max_rows, max_results, decode_steps
-        self.on_evict = on_evict
+        self.on_evict, self.goes_ahead = on_evict, goes_ahead
         self.running: list[Sequence] = []  # by arrival
         self.waiting: list[Sequence] = []  # by arrival
         self._live: dict[int, Sequence] = {}  # by arrival: added and not finished. What reset goes by
@@ -141,6 +143,39 @@ class Scheduler:
                 cap = min(entry.sequence.decode_steps or 1 for entry in decodes)
             self._last, self._last_cap = out, cap
         self._lay_out(out, cap)
+        return out
+
+    def ahead(self, schedule: Schedule) -> Schedule | None:
+        """The run behind `schedule`, plain decodes that are under way, before anybody knows what they give: for a device that never waits
+        for the host. Some of its sequences may have ended when its turn comes; it is run and advanced as any other then, next.
+
+        None where something else may have to be done first, or blocks are short. Only where the scheduler `goes_ahead`.
+        """
+        entries = schedule.entries
+        if not schedule.decode or any(sequence.parked for sequence in self.running) or (self.waiting and self._slots):
+            return None
+        cap = longest = 0
+        wanted = []
+        for entry in entries:
+            sequence, after = entry.sequence, entry.first + schedule.steps
+            left = sequence.max_tokens_total - (after + 1)
+            if sequence.state is not State.RUNNING or left < 1 or entry.limit <= after or sequence.copies or sequence.borrowed:
+                return None
+            cap = min(cap or MAX_AHEAD, sequence.decode_steps or 1)
+            longest = max(longest, left)
+        steps = min(cap, longest)
+        for entry in entries:
+            sequence, end = entry.sequence, entry.first + schedule.steps + steps
+            wanted.append((sequence, min(end + 1, max(end, sequence.max_tokens_total - 1))))
+        if not self._reserve_all(wanted):
+            return None
+        self._last = None  # what comes behind begins anew
+        out = Schedule(steps=steps, rows=schedule.rows, results=schedule.results, decode=True)
+        for entry in entries:
+            following = Entry(entry.sequence, entry.first + schedule.steps, 1, 1, True, _limit(entry.sequence))
+            out.entries.append(following)
+            if following.sequence.changed:
+                out.grown.append(_refresh(following))
         return out
 
     def advance(self, schedule: Schedule) -> None:
@@ -390,6 +425,8 @@ class Scheduler:
             steps = min(cap, max(_remaining(entry.sequence) for entry in out.entries))
             while steps > 1 and not self._reserve_steps(out.entries, steps):
                 steps //= 2
+            if self.goes_ahead:
+                self._reserve_steps(out.entries, steps + 1)
         out.steps = steps
         out.grown = []
         for entry in out.entries:
@@ -398,7 +435,10 @@ class Scheduler:
 
     def _reserve_steps(self, entries: list[Entry], steps: int) -> bool:
         """Blocks for `steps` decode steps of every entry, or none."""
-        wanted = [(s, s.computed + min(steps, _remaining(s))) for s in (entry.sequence for entry in entries)]
+        return self._reserve_all([(s, s.computed + min(steps, _remaining(s))) for s in (entry.sequence for entry in entries)])
+
+    def _reserve_all(self, wanted: list[tuple[Sequence, int]]) -> bool:
+        """Blocks for so many tokens of each sequence, or none."""
         wanted = [(sequence, tokens) for sequence, tokens in wanted if tokens > sequence.room]
         needed = [self.blocks.blocks_needed(sequence, tokens) for sequence, tokens in wanted]
         free = self.blocks.free_counts()

@@ -2,18 +2,17 @@
 from __future__ import annotations
 
 import importlib
-import sys
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from families import BASE, FAMILIES, VOCAB
+from gpu_device import DEVICE
 from mlx.utils import tree_flatten, tree_unflatten
 
 import metalstep
 
-DEVICE = "metal" if sys.platform == "darwin" else "metal-sim"
 CONTEXT = 1536
 # Of a row's range of logits, with a float32 cache: float32 sums in another order and fast exponentials are left.
 RANGE = 5e-6

@@ -147,9 +147,9 @@ def test_garbage_that_is_collected_in_a_step_is_taken_in_after_it(model, monkeyp
             cycle.append(cycle)
             next(cycle[0])
 
-    def run_and_collect(schedule):
+    def run_and_collect(schedule, *more):
         gc.collect()
-        ended = run(schedule)
+        ended = run(schedule, *more)
         gc.collect()
         return ended
 
@@ -306,20 +306,20 @@ def test_closing_ends_every_request_in_every_thread(fresh):
             enter()
 
 
-@pytest.mark.parametrize("where", ["replay", "write"])
+@pytest.mark.parametrize("where", ["start", "write"])
 def test_what_the_device_says_ends_the_requests_in_flight_and_nothing_else(model, monkeypatch, where):
     engine, starts = model.engine, kinds(model, 30)
     expected = [rows(start(engine, None)) for start in starts]
-    calls, replay, write = itertools.count(), Plan.replay, model.native.arrays.write
-    failing = {"replay": 12, "write": 2}[where]  # while all are in flight: rows are written anew only when those of a step change
+    calls, start_run, write = itertools.count(), Plan.start, model.native.arrays.write
+    failing = {"start": 12, "write": 2}[where]  # while all are in flight: rows are written anew only when those of a step change
 
     def fail_once(function, *args):
         if next(calls) == failing:
             raise RuntimeError("the device was lost: code 7")
         return function(*args)
 
-    if where == "replay":
-        monkeypatch.setattr(Plan, "replay", lambda self, steps=1: fail_once(replay, self, steps))
+    if where == "start":
+        monkeypatch.setattr(Plan, "start", lambda self, steps: fail_once(start_run, self, steps))
     else:
         monkeypatch.setattr(model.native.arrays, "write", lambda batch: fail_once(write, batch))
     started = threading.Barrier(len(starts))
@@ -345,7 +345,7 @@ def test_a_device_that_fails_for_good_says_so_to_everybody(fresh, monkeypatch):
     def fail(*_):
         raise RuntimeError("out of order")
 
-    monkeypatch.setattr(Plan, "replay", fail)
+    monkeypatch.setattr(Plan, "start", fail)
     monkeypatch.setattr(engine._runner._fence, "run", fail)
     for _ in range(3):
         results = in_threads([lambda: rows(engine.submit(Request(TEXT[:4], max_tokens=3)))] * 4)

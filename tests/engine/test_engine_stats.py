@@ -115,11 +115,11 @@ def test_a_look_does_not_wait_for_the_step_in_progress(model, monkeypatch):
     engine, run = model.engine, model.engine._runner.run
     looks = []
 
-    def looking(schedule):
+    def looking(schedule, *more):
         thread = threading.Thread(target=lambda: looks.append(engine.stats(wait=False)))
         thread.start()
         thread.join(5)
-        return run(schedule)
+        return run(schedule, *more)
 
     monkeypatch.setattr(engine._runner, "run", looking)
     rows(engine.submit(Request(TEXT[:5], max_tokens=3)))

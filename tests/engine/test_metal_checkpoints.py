@@ -94,7 +94,8 @@ def test_weights_take_little_more_memory_than_the_file(tmp_path):
     class Counting(GpuWeightStore):
         def _pack(self, *args):
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(NativeDevice, "create_buffer", lambda device, nbytes: made.append(nbytes) or create(device, nbytes))
+                made_in = lambda device, nbytes, **how: made.append(nbytes) or create(device, nbytes, **how)  # noqa: E731
+                patch.setattr(NativeDevice, "create_buffer", made_in)
                 return super()._pack(*args)
 
         def _mapped(self, *args):

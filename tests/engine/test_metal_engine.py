@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from engines import TEXT, directory_of, load
 from families import build
+from gpu_device import DEVICE
 from steps import reference
 from workload import answers, requests
 
@@ -15,7 +16,6 @@ from metalstep import Request, SamplingParams
 from metalstep.kernels import sample
 from metalstep.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
-DEVICE = "metal" if sys.platform == "darwin" else "metal-sim"
 OPTIONS = {"device": DEVICE, "kv_memory": "32MB", "max_context": 224}
 DRAWS = 192  # of one distribution
 
@@ -112,6 +112,7 @@ def test_a_machine_without_a_gpu_says_so(tmp_path):
         load("llama", tmp_path / "a", device="metal")
 
 
+@pytest.mark.simulator
 def test_weights_that_lie_in_the_file_as_kernels_read_them_are_not_copied(tmp_path):
     """A dense model whose file happens to be aligned is bound as it is mapped; one that is not gives the same from a copy."""
     directory = directory_of("llama", tmp_path / "m")

@@ -1,10 +1,9 @@
 """Every family that must run natively, on the Metal device (simulated off Apple): the real launcher and the real shaders, from a
 directory on disk to tokens, against MLX in float32."""
-import sys
-
 import numpy as np
 import pytest
 from families import BASE, FAMILIES, VOCAB, build
+from gpu_device import DEVICE
 from steps import reference
 from tiny import write_model
 
@@ -12,7 +11,6 @@ import metalstep
 from metalstep import Request, SamplingParams
 from metalstep.plan.gpu_target import GpuTarget
 
-DEVICE = "metal" if sys.platform == "darwin" else "metal-sim"
 NATIVE = [name for name, family in FAMILIES.items() if family.native]
 LENGTHS = (41, 19, 6)  # both sides of every window (8) and original_max_position_embeddings (16) of the configurations
 TEXTS = [[(7 * i + 13 * j) % VOCAB for j in range(n)] for i, n in enumerate(LENGTHS)]

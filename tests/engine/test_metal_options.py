@@ -240,7 +240,8 @@ def test_numbers_that_are_not_finite_stay_where_they_are(directory, invariant):
             if poisoned:
                 for planes in model.native.cache._views.values():
                     for plane in planes:
-                        plane._codes[:] = np.nan
+                        blocks = list(range(plane.buffer.shape[0]))
+                        plane.write(blocks, np.full_like(plane.read(blocks), np.nan))
                 huge = np.where(np.arange(64) % 2, 3e38, -2e38) * np.ones((9, 1))
                 wanted.append(submit(model, [], embeddings=huge))
             found.append([outputs(stream) for stream in wanted[:3]])
@@ -353,7 +354,8 @@ def test_plans_share_their_memory_and_logits_lent_from_it_stay(directory, monkey
     made, create = [], NativeDevice.create_buffer
     with load(directory[0]) as model:
         model.native.warmup(64)
-        monkeypatch.setattr(NativeDevice, "create_buffer", lambda device, nbytes: made.append(nbytes) or create(device, nbytes))
+        record = lambda device, nbytes, **how: made.append(nbytes) or create(device, nbytes, **how)  # noqa: E731
+        monkeypatch.setattr(NativeDevice, "create_buffer", record)
         model.native._plans.clear()
         model.native.warmup(64)
         assert sum(made) == 2 * 4 * VOCAB  # of the plan of one row, whose logits stay for longer
@@ -387,6 +389,7 @@ def test_ctrl_c_in_the_compiler_is_no_end_of_a_kernel(directory, monkeypatch):
         assert len(calls) > 1
 
 
+@pytest.mark.simulator
 def test_a_kernel_that_the_compiler_refuses_leaves_the_model_eager(directory, monkeypatch):
     """As on a Mac whose compiler does not take the text; of the simulator it is an error, since nothing else was wanted."""
     open_device = NativeDevice.open
@@ -404,6 +407,7 @@ def test_a_kernel_that_the_compiler_refuses_leaves_the_model_eager(directory, mo
         load(directory[0], "metal", strict=True)
 
 
+@pytest.mark.simulator
 def test_a_gpu_that_the_weights_fill_says_so(directory, monkeypatch):
     monkeypatch.setenv("METALSTEP_SIM_MEMORY", "100000")
     with pytest.raises(ValueError, match=r"the weights take [\d,]+ bytes and .* has 100,000 left; use a smaller model"):

@@ -348,7 +348,7 @@ BAD_REQUESTS = {
     "hand_out_logits": [1, None, "yes", True],
     "keep_logits": [1, None, "yes"],
     "decode_steps": [0, 33, None, True, 1.5, "1"],
-    "prefill_rows": [0, 513, None, True, 1.5, "1"],
+    "prefill_rows": [0, 513, True, 1.5, "1"],
 }
 BAD_AT_SUBMIT = [
     {"logit_bias": {VOCAB: 1.0}},

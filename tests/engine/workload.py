@@ -57,9 +57,9 @@ def watched(engine: Engine):
     run = engine._runner.run
     step = engine._run
 
-    def record(schedule):
+    def record(schedule, *more):
         calls.append((schedule.rows, schedule.steps))
-        return run(schedule)
+        return run(schedule, *more)
 
     def checked():
         worked = step()

@@ -5,15 +5,16 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metalstep.plan.logits import LogitsRing
+from metalstep.plan.logits import HostRow, LogitsRing
 
 
 @given(places=st.integers(1, 3), keep=st.lists(st.booleans(), min_size=1, max_size=20))
 def test_lent_rows_outlive_the_steps_behind_them(places, keep):
-    ring = LogitsRing([np.full((2, 5), np.nan, np.float32) for _ in range(places)])
+    values = [np.full((2, 5), np.nan, np.float32) for _ in range(places)]
+    ring = LogitsRing([list(map(HostRow, place)) for place in values])
     lent = []
     for step, kept in enumerate(keep):
-        ring.views[ring.advance()][:] = [[step], [-step]]
+        values[ring.advance()][:] = [[step], [-step]]
         rows = [ring.lend(row) for row in (0, 1)]
         if kept:
             lent.append((step, rows))
@@ -22,7 +23,8 @@ def test_lent_rows_outlive_the_steps_behind_them(places, keep):
 
 
 def test_a_thread_that_reads_while_another_one_runs_steps_reads_one_step():
-    ring, lent, mixed = LogitsRing([np.zeros((1, 100_000), np.float32)]), [], []
+    place, lent, mixed = np.zeros((1, 100_000), np.float32), [], []
+    ring = LogitsRing([[HostRow(place[0])]])
     done = threading.Event()
 
     def read():
@@ -36,7 +38,8 @@ def test_a_thread_that_reads_while_another_one_runs_steps_reads_one_step():
     reader = threading.Thread(target=read)
     reader.start()
     for step in range(2000):
-        ring.views[ring.advance()][:] = step
+        ring.advance()
+        place[:] = step
         if len(lent) < 3:
             lent.append((step, ring.lend(0)))
     done.set()

@@ -53,7 +53,7 @@ def arrays():
 def test_a_filled_slot_is_what_the_parameters_say(arrays, fields, slot, prompt, output, stops):
     said, num_prompt = [*prompt, *output], len(prompt)
     for array in (arrays.biases, arrays.masks, arrays.history, arrays.counts):  # another request's
-        array.view(np.uint8).reshape(-1)[:] = 0xAB
+        arrays.edit(array).view(np.uint8).reshape(-1)[:] = 0xAB
     before = {name: getattr(arrays, name).copy() for name in ("biases", "masks", "history", "counts")}
     sampling = SamplingParams(**fields)
     (record,) = RequestSlots(arrays).fill(slot, sampling, said, num_prompt, stops)

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from metalstep.kernels.native import NativeDevice
-from metalstep.plan.logits import LogitsRing
+from metalstep.plan.logits import HostRow, LogitsRing
 from metalstep.plan.step_memory import StepMemory
 
 
@@ -31,13 +31,14 @@ def test_rows_lent_by_any_plan_outlive_the_steps_of_all(steps):
         memory = StepMemory(device)
         arena = np.zeros((2, 5), np.float32)
         own = [np.zeros((2, 5), np.float32) for _ in range(2)]
-        rings, lent = [LogitsRing([arena], memory.lent), LogitsRing([arena], memory.lent), LogitsRing(own)], []
+        rows, lent = [[list(map(HostRow, place)) for place in places] for places in ([arena], own)], []
+        rings = [LogitsRing(rows[0], memory.lent), LogitsRing(rows[0], memory.lent), LogitsRing(rows[1])]
         for number, (plan, kept) in enumerate(steps):
             ring = rings[plan]
             memory.keep_lent()
             place = ring.advance()
             arena[:] = np.nan
-            ring.views[place][:] = [[number], [-number]]
+            (own if plan == 2 else [arena])[place][:] = [[number], [-number]]
             rows = [ring.lend(row) for row in (0, 1)]
             if kept:
                 lent.append((number, rows))

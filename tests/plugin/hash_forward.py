@@ -59,10 +59,10 @@ class HashForward:
         self.windows = [group.window for group in groups]
         self.store = np.full(num_blocks * BLOCK_SIZE, -1, np.int64)  # one for all groups, as block numbers are
         self._plan: NativePlan | None = None
-        self._logits = np.empty((0, 0), np.float32)
+        self._logits, self._place = np.empty((0, 0), np.float32), Buffer(0, 0, (0, 0), "float32")
         self._barrier = device.create_plan([], 1, 1)
 
-    def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, np.ndarray]:
+    def start(self, session: StepSession, step: StartedStep) -> tuple[NativePlan, Buffer]:
         session.load(step.stage)
         plan, rows = self._plan or self._make_plan(session), step.rows
         self._barrier.wait(self._barrier.run())  # the step's inputs are in place, the step before has sampled
@@ -77,7 +77,7 @@ class HashForward:
         self._logits[:] = 0
         for result, row in enumerate(arrays.sampled_rows[:results]):
             self._logits[result, self._token(session, int(row))] = PEAK
-        return plan, self._logits
+        return plan, self._place
 
     def go_on(self, rows: int, context: int) -> None:
         """It looks at every input."""
@@ -104,9 +104,9 @@ class HashForward:
         sizes = session.arrays.sizes
         shape = (sizes.results, sizes.vocab_size)
         owner = self._device.create_buffer(4 * shape[0] * shape[1])
-        self._logits = owner.numpy(np.float32, shape)
+        self._logits, self._place = owner.numpy(np.float32, shape), Buffer(owner.handle, 0, shape, "float32")
         launches = sample.launches(
-            Buffer(owner.handle, 0, shape, "float32"),
+            self._place,
             session.arrays.buffers,
             vocab_size=sizes.vocab_size,
             max_rows=sizes.results,

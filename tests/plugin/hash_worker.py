@@ -43,7 +43,7 @@ class HashModel:
         self.vocab_size = vocab_size
         self.device = NativeDevice.open("host", 1)
 
-    def kv_memory(self) -> int:
+    def kv_memory(self, part: float | None = None) -> int:
         return 1 << 22
 
     def allocate(self, num_blocks: int, *, max_context: int, max_seqs: int, groups: Sequence[CacheGroup]) -> StepSession:

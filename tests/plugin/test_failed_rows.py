@@ -23,7 +23,7 @@ def test_a_row_that_fails_ends_its_request_alone(tmp_path: Path, monkeypatch: py
         plan, logits = start(self, session, step)
         steps[0] += 1
         if steps[0] == FAILS:
-            logits[1] = np.nan
+            self._logits[1] = np.nan
         return plan, logits
 
     with hash_engine(tmp_path, monkeypatch, v2=v2, async_scheduling=async_scheduling) as engine:

@@ -18,8 +18,9 @@ from metalstep.kv_cache import BLOCK_SIZE
 from metalstep.kv_scheme import PLAIN
 from metalstep.model import DEFAULT_DEVICE, DEVICES
 from metalstep.native_model import PREFILL_ROWS
+from metalstep.plan.gpu_target import GpuTarget
 from metalstep.plugin import compat, models, options, platform, refusals, serve
-from metalstep.plugin.options import OptionError, PluginOptions, parse_options, threads_of_rank
+from metalstep.plugin.options import OptionError, PluginOptions, device_of_rank, parse_options, threads_of_rank
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +100,22 @@ def test_the_environments_threads_hold_for_each_rank(monkeypatch):
     assert threads_of_rank(PluginOptions(device="host"), 2) is None
 
 
+def test_engines_are_spawned_where_they_run_on_cuda(folder, monkeypatch):
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    configure(folder)
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "fork"
+    configure(folder, additional_config={"device": "cuda"})
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
+@pytest.mark.parametrize(
+    ("given", "rank", "device"),
+    [("cuda", None, "cuda"), ("cuda", 0, "cuda"), ("cuda", 2, "cuda:2"), ("cuda:1", 2, "cuda:1"), ("host", 1, "host"), (None, 1, None)],
+)
+def test_each_rank_has_a_gpu_of_its_own(given, rank, device):
+    assert device_of_rank(PluginOptions(device=given), rank) == device
+
+
 def test_engines_are_spawned_on_a_mac(folder, monkeypatch):
     monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
     monkeypatch.setattr(sys, "platform", "darwin")
@@ -111,7 +128,9 @@ def test_engines_are_spawned_on_a_mac(folder, monkeypatch):
     ("given", "message"),
     [
         ({"frob": 1}, "no option 'frob', expected device, threads, arithmetic"),
-        ({"device": "gpu"}, "device is 'gpu', expected one of host, metal, metal-sim, eager"),
+        ({"device": "gpu"}, "device is 'gpu', expected one of host, metal, cuda, metal-sim, eager, or cuda:N"),
+        ({"device": "cuda:x"}, "device is 'cuda:x', expected one of host"),
+        ({"device": "cuda", "threads": 2}, "threads is 2, expected none on cuda"),
         ({"device": 3}, "device is 3, expected one of host"),
         ({"device": ["host"]}, r"device is \['host'\], expected one of host"),
         ({"threads": 0}, "threads is 0, expected an integer above 0"),
@@ -148,6 +167,7 @@ def test_what_is_written_down_twice_to_keep_mlx_out_is_the_same():
     assert options.DEVICES == DEVICES
     assert set(options.ARITHMETIC) == set(ARITHMETIC)
     assert serve.STEP_ROWS == PREFILL_ROWS
+    assert GpuTarget("nvidia").max_rows == serve.CUDA_ROWS
     assert refusals.BLOCK_SIZE == BLOCK_SIZE
 
 

@@ -307,6 +307,7 @@ def test_help_is_vllms_with_a_word_of_metalsteps(capsys):
     [
         ([], PREFILL_ROWS),
         (["--max-num-batched-tokens", "4096"], 4096),  # the user's word: the worker computes such a step in parts
+        (["--additional-config", '{"device": "cuda"}'], serve.CUDA_ROWS),
         (["--max-num-seqs", "1024"], 1024),  # a step has a row for each sequence at least
         (["--no-enable-chunked-prefill"], None),  # whole prompts were asked for
     ],

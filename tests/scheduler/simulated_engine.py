@@ -1,7 +1,7 @@
 """An engine whose keys and values are fingerprints of what they depend on, so that a wrong block is seen at once."""
 from dataclasses import dataclass, field
 
-from metalstep.scheduler import BlockTables, KVBlocks, Scheduler, Sequence, State
+from metalstep.scheduler import BlockTables, KVBlocks, Schedule, Scheduler, Sequence, State
 
 STOP = 2  # the other tokens are 0 and 1: few, so that requests share prefixes
 
@@ -52,6 +52,7 @@ class SimulatedEngine:
         self.last_first_admitted = -1
         self.seen: set[Sequence] = set()
         self.steps = 0
+        self.ahead: tuple[Schedule, dict[Sequence, list[int]]] | None = None  # that the device runs already, and what it will have given
 
     # ---- requests -------------------------------------------------------------------------------------------------------
     def add(self, tokens, new_tokens, *, root=0, parks=False, source=None, **options):
@@ -122,6 +123,14 @@ class SimulatedEngine:
     # ---- a step ---------------------------------------------------------------------------------------------------------
     def step(self, act=lambda stage: None):
         """One turn. `act` is called between its stages and may raise."""
+        ahead, self.ahead = self.ahead, None
+        if ahead is not None:
+            schedule, sampled = ahead
+            schedule.entries = [entry for entry in schedule.entries if entry.sequence in self.live]
+            if schedule.entries:
+                self.steps += 1
+                self.finish(schedule, sampled, act)
+                return schedule
         waiting = [s for s in self.scheduler.waiting if not s.lost]
         schedule = self.scheduler.schedule()
         self.steps += 1
@@ -137,7 +146,17 @@ class SimulatedEngine:
         for group, source, target in schedule.copies:
             for i in range(size):
                 self.cells[group, target, i] = self.cells.get((group, source, i))
-        sampled = self.run(schedule, act)
+        fed = {entry.sequence: list(entry.sequence.tokens) for entry in schedule.entries}
+        sampled = self.run(schedule, act, fed)
+        if self.scheduler.goes_ahead and not any(entry.sequence.request.parks for entry in schedule.entries):
+            following = self.scheduler.ahead(schedule)
+            if following is not None:  # the device is done with it before anybody looks at what the first one gave
+                self.ahead = following, self.run(following, act, fed)
+        self.finish(schedule, sampled, act)
+        return schedule
+
+    def finish(self, schedule, sampled, act):
+        """The results of a run."""
         for entry in schedule.entries:
             self.take(entry, sampled.get(entry.sequence, []))
         act("appended")
@@ -147,11 +166,12 @@ class SimulatedEngine:
             sequence = entry.sequence
             if sequence in self.live and self.ended(sequence):
                 self.end(sequence, "finished")
-        return schedule
 
-    def run(self, schedule, act):
-        """Write, read back, sample: `steps` times, and on past the end of a sequence, as a device does that learns of it late."""
-        fed = {e.sequence: list(e.sequence.tokens) for e in schedule.entries}
+    def run(self, schedule, act, fed):
+        """Write, read back, sample: `steps` times, and on past the end of a sequence, as a device does that learns of it late.
+
+        fed: each sequence's tokens as the device has them.
+        """
         prints = {e.sequence: list(e.sequence.request.prints) for e in schedule.entries}
         sampled: dict[Sequence, list[int]] = {}
         for k in range(schedule.steps):

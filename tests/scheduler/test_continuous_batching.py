@@ -62,11 +62,12 @@ class ContinuousBatching(RuleBasedStateMachine):
         rows=st.integers(0, 12),
         results=st.integers(0, 4),
         steps=st.sampled_from([1, 1, 3, 8]),
+        ahead=st.booleans(),
     )
-    def start(self, blocks, windows, max_seqs, rows, results, steps):
+    def start(self, blocks, windows, max_seqs, rows, results, steps, ahead):
         groups = [GroupSpec(window, blocks) for window in windows]
         limits = dict(max_seqs=max_seqs, max_rows=max_seqs + rows, max_results=max_seqs + results, decode_steps=steps)
-        self.engine = SimulatedEngine(KVBlocks(groups, 4, max(steps, max_seqs + rows)), **limits)
+        self.engine = SimulatedEngine(KVBlocks(groups, 4, max(2, steps, max_seqs + rows)), goes_ahead=ahead, **limits)
         self.tokens = 0
 
     def add(self, tokens, new_tokens, **options):
@@ -151,6 +152,7 @@ class ContinuousBatching(RuleBasedStateMachine):
 
     def recover(self):
         engine = self.engine
+        engine.ahead = None
         engine.scheduler.reset(engine.held())
         engine.check()
         for sequence in list(engine.live):

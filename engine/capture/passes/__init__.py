@@ -10,7 +10,8 @@ from metalstep.capture.passes.embedding import embedding
 from metalstep.capture.passes.epilogues import epilogues
 from metalstep.capture.passes.linears import linears
 from metalstep.capture.passes.matmuls import matmuls
-from metalstep.capture.passes.norm_prologues import NORMS, norm_prologues
+from metalstep.capture.passes.norm_prologues import NORMS, NormFits, norm_prologues
+from metalstep.capture.passes.planes import PlanesOf, planes
 from metalstep.capture.passes.prepare import prepare
 from metalstep.capture.passes.row_indices import row_indices
 from metalstep.capture.passes.row_programs import row_programs
@@ -20,15 +21,19 @@ from metalstep.capture.passes.views import views
 
 @dataclass(frozen=True)
 class Fusion:
-    """What a device does inside of its launches. norms: those that linears do to their input. attention: whether attention norms,
-    rotates and writes its own row (each row of a step is then of another sequence)."""
+    """What a device does inside of its launches. norms: those that linears do to their input; norm_fits: whether they do that to rows of
+    so many elements, None: to all. planes: in how many planes a linear leaves its products for the row program behind it, None: in one.
+    attention: whether attention norms, rotates and writes its own row (each row of a step is then of another sequence)."""
 
     norms: tuple[str, ...] = NORMS
+    norm_fits: NormFits | None = None
+    planes: PlanesOf | None = None
     attention: bool = False
 
 
 def passes(fusion: Fusion) -> list[Callable[[Graph], Graph]]:
     """The passes in order."""
+    split = [] if fusion.planes is None else [partial(planes, planes_of=fusion.planes)]
     last = [attention_insides] if fusion.attention else []
     return [
         constants,
@@ -38,9 +43,10 @@ def passes(fusion: Fusion) -> list[Callable[[Graph], Graph]]:
         prepare,
         sampled_rows,
         linears,
+        *split,
         epilogues,
         row_programs,
-        partial(norm_prologues, norms=fusion.norms),
+        partial(norm_prologues, norms=fusion.norms, fits=fusion.norm_fits),
         *last,
         row_indices,
     ]

@@ -59,7 +59,7 @@ class _Epilogues:
     def _choose(self, node: Node) -> None:
         makers = [root(v).node for v in node.inputs]
         found = [self.owner.get(m, m) for m in makers if m]
-        linears = [m for m in found if m.op == "linear" and not m.attrs["experts"]]
+        linears = [m for m in found if m.op == "linear" and not m.attrs["experts"] and "planes" not in m.attrs]
         if linears:
             last = max(linears, key=self._key)
             if self._fits(node, last):
@@ -98,6 +98,8 @@ class _Epilogues:
             maker = stored.node
             if maker is None or maker is linear:
                 continue
+            if "planes" in maker.attrs:
+                return False  # a row program adds them up
             if self.owner.get(maker) is linear:
                 if row_size(stored) != width:
                     return False  # a part of a result: epilogues keep whole ones

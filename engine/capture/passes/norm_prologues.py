@@ -1,16 +1,22 @@
 """Norm prologues: a norm joins the linears that read it, which read its whole row anyway."""
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from metalstep.capture.graph import Graph, Node, Value
-from metalstep.capture.passes.kinds import root
+from metalstep.capture.passes.kinds import root, row_size
 
 NORMS = ("rms_norm", "layer_norm")
+NormFits = Callable[[int], bool]  # of a row's elements
 
 
-def norm_prologues(graph: Graph, norms: tuple[str, ...] = NORMS) -> Graph:
-    """Saves a launch per norm that only linears read, and the normed rows: 228 launches become 172 in a llama of 28 layers."""
+def norm_prologues(graph: Graph, norms: tuple[str, ...] = NORMS, fits: NormFits | None = None) -> Graph:
+    """Saves a launch per norm that only linears read, and the normed rows: 228 launches become 172 in a llama of 28 layers.
+
+    fits: whether linears norm rows of so many elements; None: of any number.
+    """
     uses = graph.uses()
-    for norm in [n for n in graph.nodes if _is_norm(n, norms)]:
+    for norm in [n for n in graph.nodes if _is_norm(n, norms) and (fits is None or fits(row_size(n.out)))]:
         readers: dict[Node | None, list[Value]] = {}
         for reader, _ in uses[norm.out]:
             if reader is not None and reader.op == "view":

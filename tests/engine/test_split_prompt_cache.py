@@ -1,0 +1,3 @@
+"""Prompt caches, on a device whose memory the host does not see."""
+from split_memory import split_memory  # noqa: F401
+from test_prompt_cache import *  # noqa: F403

@@ -1,0 +1,3 @@
+"""Many requests, on a device whose memory the host does not see."""
+from split_memory import split_memory  # noqa: F401
+from test_scale import *  # noqa: F403
