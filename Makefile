@@ -19,7 +19,7 @@ SECONDS ?= 600
 # Test files side by side, each in one process.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help build demo vllm serve test test-vllm lint format sanitize swift-test neon test-kernels-all soak peers docs dist dist-check clean
+.PHONY: help build demo vllm serve test test-vllm test-cuda sanitize-cuda lint format sanitize swift-test neon test-kernels-all soak peers docs dist dist-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo 'make vllm      $(VLLM) with vLLM (2 minutes, 4 GB), for serve and for the tests of the plugin'
 	@echo 'make test      all tests, the kernels once per instruction set of this machine, the plugin in vLLM'
 	@echo 'make test-vllm only those of the plugin, in $(VLLM)'
+	@echo 'make test-cuda the GPU kernels and engine on an NVIDIA GPU; make sanitize-cuda: some of them under compute-sanitizer'
 	@echo 'make build     the virtual environment $(VENV) and the launcher'
 	@echo 'make lint      ruff, mypy, clang-format, Swift and C with warnings as errors'
 	@echo 'make format    clang-format in place'
@@ -114,6 +115,13 @@ test-vllm: $(NATIVE)
 	  echo 'warning: the tests with vLLM did not run: $(VLLM) could not be made, see above' >&2; \
 	fi
 
+# The tests of the simulated GPU, on an NVIDIA one.
+test-cuda: build $(VENV)/.installed-dev $(VENV)/.smollm2
+	tests/cuda.sh $(BIN)/python test
+
+sanitize-cuda: build $(VENV)/.installed-dev
+	tests/cuda.sh $(BIN)/python memcheck racecheck
+
 soak: $(NATIVE) vllm
 	$(VLLM)/bin/python tests/plugin/soak.py --seconds $(SECONDS) --log build/soak.log --server-log build/soak-server.log
 
@@ -128,7 +136,7 @@ lint: $(VENV)/.installed-dev $(if $(filter no-swift,$(NATIVE)),no-swift,build/.n
 	@ln -s $(CURDIR)/engine/* $(CURDIR)/kernels $(CURDIR)/metal $(CURDIR)/plugin build/typing/metalstep/
 	cd build/typing && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/build/mypy_cache -p metalstep
 	$(BIN)/clang-format --dry-run -Werror $(C_FILES)
-	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh swift_kernels/sanitize/*.sh .ci/run; fi
+	@if command -v shellcheck >/dev/null; then shellcheck scripts/*.sh tests/cuda.sh swift_kernels/sanitize/*.sh .ci/run; fi
 
 build/.native-lint: $(NATIVE_SOURCES)
 	@mkdir -p build

@@ -135,6 +135,25 @@ def test_a_changed_number_is_seen_on_the_page_and_in_the_picture(made, capsys):
     assert write_report(page, folder, check=True) == [page]
 
 
+def test_a_gpu_is_named_and_its_variants_busy_time_and_left_out_cases_are_on_the_page(made):
+    page, folder = made
+    twice = {"of_medians": 0.5, "median_of_pairs": 0.51}
+    result = copy.deepcopy(DECODE) | {
+        "gpu": "NVIDIA H100", "also": [{"setting": "invariant", "batch": 8, "prompt_tokens": 18, "decode": twice, "ttft": twice}],
+        "left_out": [{"batch": 64, "prompt_tokens": 8192, "reason": "it does not fit the KV cache"}],
+    }  # fmt: skip
+    result["cases"][0] |= {"device_step_us": summary([70.0, 71.0, 72.0], "min"), "busy": 0.981}
+    (folder / "gpu-decode.json").write_text(json.dumps(result))
+    write_report(page, folder)
+    text = page.read_text()
+    assert "### Decode on NVIDIA H100 (gpu-decode)" in text and "· NVIDIA H100 · a <processor>" in text and "tiny: metalstep 0." in text
+    assert "| 8 | 18 | invariant | 0.50, 0.51 | 0.50, 0.51 |" in text
+    assert "| 8 | 18 | 71.0 (70.0 to 72.0, 3) | 98.1% |" in text
+    assert "Left out: 64 × 8,192 tokens (it does not fit the KV cache)." in text
+    assert text.index("(gpu-decode)") > text.index("### Kernels")  # behind the processor's
+    assert "NVIDIA H100 · 2026-01-02" in (folder / "gpu-decode.svg").read_text()
+
+
 def test_a_folder_with_something_else_and_a_page_without_marks_are_refused(made):
     page, folder = made
     page.write_text("no marks")
@@ -159,12 +178,16 @@ def test_the_page_in_the_repository_says_what_its_json_says(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
 def test_a_result_in_the_repository_has_the_fields_that_the_page_lists(path):
-    """`Fields` in docs/benchmarks.md: those of all, then those of each benchmark."""
+    """`Fields` in docs/benchmarks.md: those of all, then those of each benchmark; `gpu` and some others came later."""
     result = json.loads(path.read_text())
-    listed = dict(re.findall(r"^\| (`\w+`|all) \| (.*) \|$", PAGE.read_text(), re.MULTILINE))
-    common, own = (re.findall(r"`(\w+)`", listed[key]) for key in ("all", f"`{result['benchmark']}`"))
+    text = PAGE.read_text()
+    listed = dict(re.findall(r"^\| (`\w+`|all) \| (.*) \|$", text, re.MULTILINE))
+    kind = f"{result['benchmark']}{'_gpu' if 'chip' in result else ''}"
+    common, own = (re.findall(r"`(\w+)`", listed[key]) for key in ("all", f"`{kind}`"))
+    later = set(re.findall(r"`(\w+)`", text.partition("Results that are older lack ")[2].partition(". ")[0]))
+    assert {"gpu", "left_out"} < later
     assert list(result)[: len(common) - 2] == common[:-2]  # machine and versions first
-    assert set(result) == {*common, *own}
+    assert {*common, *own} - later <= set(result) <= {*common, *own} | later
     assert result["benchmark"] in SECTIONS and (path.with_suffix(".svg").exists() is (result["benchmark"] in DRAWN))
     home = str(Path.home())
     assert home not in path.read_text() or home == "/"

@@ -25,6 +25,20 @@ def test_no_two_prompts_begin_alike(size, laps):
     assert len(set(beginnings)) == laps * size
 
 
+def test_a_tokenizer_that_knows_no_english_gives_its_own_tokens():
+    class Numbers:
+        """One word is a token; 0 is any other."""
+
+        def encode(self, text):
+            return [0] * len(text.split())
+
+        def get_vocab(self):
+            return {str(i): i for i in range(500)}
+
+    prompt = Prompts.of(Numbers()).take(1, 400)[0]
+    assert len(set(prompt)) == 400 and 0 not in prompt and prompt != sorted(prompt)
+
+
 def test_an_empty_text_is_refused():
     with pytest.raises(ValueError, match="the text of the prompts has no token, expected at least one"):
         Prompts([])

@@ -31,6 +31,11 @@ def test_each_benchmark_is_in_the_list(capsys, name):
         (["decode", "--batch", "8,x"], "argument --batch: 'x' is not an integer above 0"),
         (["decode", "--batch", "8,65"], "--batch: metalstep runs at most 64 sequences at once, not 65"),
         (["decode", "--decode-steps", "33"], "--decode-steps is 33, expected at most 32"),
+        (["decode", "--call", "batch_generate", "--decode-steps", "8"], "--decode-steps is of --call steps"),
+        (["decode", "--also", "sampled,int4"], "--also: 'int4' is none of sampled, invariant, float16"),
+        (["prefill", "--also", "sampled"], "--also: 'sampled' is none of invariant, float16"),
+        (["decode", "--shape", "qwen3-0.6b", "--model", "other"], "--shape and --model name two things to measure"),
+        (["kernels", "--device", "cuda", "--chip", "m1"], "--chip: these are Apple's"),
         (["prefill", "--tokens", "-5"], "argument --tokens: '-5' is not an integer above 0"),
         (["prefill", "--batch", "8"], "unrecognized arguments: --batch 8"),
         (["launches", "--batch", "65"], "--batch is 65, and at most 64 sequences run at once"),
@@ -78,6 +83,26 @@ def test_a_result_names_what_its_device_has(capsys, monkeypatch, name, argv, met
     assert bench([*call, "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["threads"], result["arithmetic"], bool(result["note"])) == (threads, arithmetic, simulated)
+
+
+def test_a_gpus_decode_is_batch_generates_and_says_so(capsys, monkeypatch):
+    """As the head and the result have it; what is measured gets the options that were given, and a shape's random weights."""
+    given = {}
+    nothing = {"engines": [], "not_timed": "", "cases": [], "ratios": []}
+
+    def measured(subject, against, **options):
+        given.update(options, model=subject.model, name=subject.name)
+        return nothing
+
+    monkeypatch.setattr(import_module("metalstep.bench.decode"), "bench_decode", measured)
+    argv = ["decode", "--pairs", "1", "--also", "sampled,turbo4v2", "--kv-memory", "8GB", "--seconds", "60"]
+    assert bench([*argv, "--device", "metal", "--shape", "smollm2-135m"]) == 0
+    assert (given["call"], given["also"], given["seconds"]) == ("batch_generate", ["sampled", "turbo4v2"], 60)
+    assert given["options"]["kv_memory"] == "8GB" and given["options"]["device"] == "metal"
+    assert given["name"] == "smollm2-135m, random 4-bit weights in groups of 64" and not Path(given["model"]).exists()
+    assert "by batch_generate, 1 pair" in capsys.readouterr().out
+    assert bench([*argv, "--device", "host"]) == 0
+    assert (given["call"], given["model"]) == ("steps", "smollm2")
 
 
 def test_a_place_without_peers_is_named_once(monkeypatch):

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis.strategies import integers, lists
 
 from metalstep.bench import prefill
-from metalstep.bench.decode import case_row, rate, ratios
+from metalstep.bench.decode import case_row, over, rate, ratios
 from metalstep.bench.quality import compare
-from metalstep.bench.rounds import Case, contenders
+from metalstep.bench.rounds import Case, Contender, contenders
 from metalstep.bench.sampling import row
 from metalstep.bench.statistics import better, common_prefixes, ratio, summary
 from metalstep.cli.bench import describe_quality
@@ -117,6 +117,24 @@ def test_decode_results_as_lines():
     head = next(i for i, line in enumerate(lines) if line.startswith("engine "))
     ends = [line.index(cell) + len(cell) for line, cell in zip(lines[head:], ("decode tok/s", "150.0 ± 0.0"), strict=False)]
     assert ends[0] == ends[1]
+
+
+def test_variants_busy_time_and_left_out_cases_as_lines():
+    other = Contender("metalstep", "invariant", variant="invariant")
+    runs = {(CASE, OURS): [RUN, RUN], (CASE, other): [SLOW, SLOW]}
+    result = {
+        "engines": [HEAD],
+        "not_timed": "loading",
+        "cases": [case_row(CASE, OURS, [RUN], HEAD, [0.01, 0.011, 0.0102])],
+        "ratios": [],
+        "also": [{"setting": "invariant", "batch": 2, "prompt_tokens": 18, **over(CASE, other, OURS, runs)}],
+        "left_out": [{"batch": 64, "prompt_tokens": 8192, "reason": "no time was left"}],
+    }
+    lines = describe_decode(result)
+    assert lines[-4].startswith("invariant / metalstep, batch 2, prompt 18: decode 0.50× (of medians; of pairs 0.50×), TTFT 0.25×")
+    # 6 tokens of two sequences in 40 ms are 3 steps: 10.2 of each 13.3 ms.
+    assert lines[-3] == "batch 2, prompt 18: a step takes 10200.0 µs on the device alone, so it is busy for 76.5% of a decode"
+    assert lines[-1] == "left out: batch 64, prompt 8192: no time was left"
 
 
 def test_prefill_results_as_lines():

@@ -128,7 +128,7 @@ def test_files_and_models(ask, shell):
 def test_bash_completes_behind_an_equals_sign(ask):
     begun, empty = ask("bash", [["metalstep", "generate", "--device", "=", "metal"], ["metalstep", "generate", "--device", "="]])
     assert begun == {"metal", "metal-sim"}
-    assert empty == {"host", "metal", "metal-sim", "eager"}
+    assert empty == {"host", "metal", "cuda", "metal-sim", "eager"}
 
 
 def test_bash_knows_the_function_that_the_command_prints(scripts):

@@ -11,7 +11,7 @@ import pytest
 from metalstep import doctor, doctor_devices
 from metalstep.cli import main as command
 from metalstep.finding import FAIL, OK, WARN, Finding
-from metalstep.kernels import native
+from metalstep.kernels import native_library
 
 
 def run(capsys, *argv):
@@ -186,7 +186,7 @@ def test_packages_out_of_their_range_are_named_with_what_to_install(monkeypatch)
 
 def test_without_a_launcher_devices_say_why_and_what_to_do(monkeypatch, capsys, tmp_path):
     monkeypatch.setenv("METALSTEP_LIBRARY", str(tmp_path / "absent.so"))
-    monkeypatch.setattr(native, "_library", native._library.__wrapped__)
+    monkeypatch.setattr(native_library, "loaded", native_library.loaded.__wrapped__)
     monkeypatch.setattr(doctor, "checks", lambda: iter([("launcher", doctor.launcher), *doctor_devices.device_checks(["host"])]))
     status, out, _ = run(capsys)
     assert status == 1

@@ -121,6 +121,14 @@ def test_metal_without_a_mac_is_planned_on_paper(capsys, directories, monkeypatc
     assert report(capsys, directories["qwen3"], "--device", "metal")["paper"]
 
 
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_step_is_planned_for_nvidias_kernels_where_there_is_none(capsys, device):
+    cuda, metal = (report(capsys, "--shape", "qwen3-0.6b", "--device", name, "--batch", "8") for name in (device, "metal"))
+    assert (cuda["device"], cuda["device_description"]) == ("cuda", "cuda, planned on paper")
+    assert cuda["weight_bytes_per_token"] == metal["weight_bytes_per_token"]
+    assert {launch["kernel"] for launch in cuda["launches"]} != {launch["kernel"] for launch in metal["launches"]}
+
+
 def test_a_model_without_kernels_says_why(capsys, directories):
     status, out, _ = run(capsys, directories["qwen3_moe"], "--chip", "m4")
     assert status == 0
@@ -137,6 +145,7 @@ def test_a_model_without_kernels_says_why(capsys, directories):
         (["--shape", "qwen3-0.5b"], "shape is 'qwen3-0.5b'"),
         (["--shape", "qwen3-0.6b", "--chip", "m9"], "chip is 'm9'"),
         (["--shape", "qwen3-0.6b", "--device", "host"], "--device host cannot be planned on paper"),
+        (["--shape", "qwen3-0.6b", "--device", "cuda", "--chip", "m4-max"], "--chip is of --device metal, and --device is cuda"),
         (["--shape", "qwen3-0.6b", "--threads", "2"], "--threads has no meaning on paper"),
         (["--shape", "qwen3-0.6b", "--kv-memory", "1GB"], "--kv-memory has no meaning on paper"),
         (["--shape", "qwen3-0.6b", "--max-context", "64"], "--max-context has no meaning on paper"),

@@ -13,6 +13,7 @@ LIST = re.compile(r" *([-*]|\d+\.) ")
 # Why a block is not run. Its command lines are parsed by the commands themselves all the same, here or in tests/plugin.
 REASONS = {
     "needs a Mac",
+    "needs an NVIDIA GPU",
     "needs the network",
     "needs vLLM",  # tests/plugin
     "takes minutes",

@@ -59,12 +59,12 @@ def test_what_a_page_names_is_there(page):
 
 def test_the_tables_that_a_tuner_edits_are_where_the_page_says():
     text = (ROOT / "docs" / "metal.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| (`[^|]+) in `([\w./]+\.py)` \|", text, re.MULTILINE)
-    assert len(rows) == 5
+    rows = re.findall(r"^\| (`[^|]+) in `([\w./]+\.(?:py|json))` \|", text, re.MULTILINE)
+    assert len(rows) == 6
     for names, path in rows:
         module = (ROOT / path).read_text(encoding="utf-8")
         for name in re.findall(r"`(\w+)`", names):
-            assert re.search(rf"^{name}\b.*=", module, re.MULTILINE), f"{name} in {path}"
+            assert re.search(rf'^(?:{name}\b.*=|  "{name}":)', module, re.MULTILINE), f"{name} in {path}"
 
 
 def test_the_kernels_of_the_table_are_all_kernels():
