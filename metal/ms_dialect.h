@@ -14,9 +14,10 @@
 #define MS_NEG (-1e30f)
 
 // ---- launches that overlap --------------------------------------------------------------------------------------------
-// On CUDA a launch may begin before the one in front of it has ended. Until MS_WAIT_PREVIOUS it reads only what neither that
-// launch nor the one before it has written: weights, tables. MS_LAUNCH_NEXT, behind it, lets the next launch begin. `pointer` and
-// what ms_waited returns are read only behind the wait; a kernel that has none of this waits at its very beginning.
+// On CUDA a launch may begin before the one in front of it has ended. Until MS_WAIT_PREVIOUS it reads only what that one does not
+// write: weights, tables, and what launches further in front have left, for which every threadgroup of that one has waited before it
+// lets the next begin by MS_LAUNCH_NEXT, which stands behind its own wait. `pointer` and what ms_waited returns are read only behind the
+// wait; a kernel that has none of this waits at its very beginning.
 #define MS_WAIT_PREVIOUS(pointer)
 #define MS_LAUNCH_NEXT
 template <typename T>
@@ -56,10 +57,6 @@ inline uint ms_and_or(uint a, uint mask, uint bits) { return (a & mask) | bits; 
 
 // Both rounded.
 inline half2 ms_halves(float x, float y) { return half2(half(x), half(y)); }
-
-// Has `bytes` of device memory, none of which is written until the next launch, brought near.
-template <typename T>
-inline void ms_bring(device const T*, uint) {}
 
 // ---- products of 8x8 tiles --------------------------------------------------------------------------------------------
 // The element that a lane holds in thread_elements()[0] of an 8x8 tile: .x its row, .y its column; [1] is the next column.

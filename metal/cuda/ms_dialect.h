@@ -46,14 +46,6 @@ inline half2 ms_halves(float x, float y) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(r) : "f"(y), "f"(x));
   return as_type<half2>(r);
 }
-// To the cache that all multiprocessors share, by units of 16 bytes.
-template <typename T>
-inline void ms_bring(const T* p, uint bytes) {
-#if __CUDA_ARCH__ >= 900
-  const ulong first = ulong(p) & ~15ul, last = (ulong(p) + bytes + 15) & ~15ul;
-  if (bytes > 0) asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" : : "l"(first), "r"(uint(last - first)) : "memory");
-#endif
-}
 
 inline ushort2 ms_frag_coord(ushort lane) { return ushort2(lane / 4, lane % 4 * 2); }
 

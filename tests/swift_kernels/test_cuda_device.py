@@ -5,9 +5,11 @@ The fake (fake_cuda.c) does what is queued only when somebody looks. What it saw
 from __future__ import annotations
 
 import gc
+import re
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -77,12 +79,31 @@ def test_a_machine_that_cannot_says_why(fake, options, text):
         NativeDevice.open("cuda")
 
 
-def test_without_a_driver_or_a_compiler_it_says_what_to_install(fake, monkeypatch, tmp_path):
+def test_without_a_compiler_it_says_what_to_install(fake, monkeypatch, tmp_path):
     monkeypatch.setenv("METALSTEP_NVRTC", str(tmp_path / "none.so"))
     with pytest.raises(RuntimeError, match=r"no NVIDIA compiler \(NVRTC\) in 1 places: .*none\.so.*pip install nvidia-cuda-nvrtc"):
         NativeDevice.open("cuda")
-    monkeypatch.setenv("METALSTEP_CUDA_DRIVER", str(tmp_path / "none.so"))
-    with pytest.raises(RuntimeError, match=r"no CUDA driver: .*none\.so: cannot open.*install NVIDIA's driver.*device \"host\""):
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [("none.so", "cannot open"), ("text.so", "too short|invalid ELF"), ("libm.so.6", "has no cuInit: it is another library, or too old")],
+)
+def test_a_variable_that_names_no_driver_is_named_with_what_is_expected(fake, monkeypatch, tmp_path, name, why):
+    (tmp_path / "text.so").write_text("no library\n")
+    path = name if name.startswith("libm") else str(tmp_path / name)
+    monkeypatch.setenv("METALSTEP_CUDA_DRIVER", path)
+    expected = rf"METALSTEP_CUDA_DRIVER is \"{path}\", expected the path of NVIDIA's libcuda\.so\.1"
+    with pytest.raises(RuntimeError, match=expected) as refused:
+        NativeDevice.open("cuda")
+    assert re.search(why, str(refused.value)) and "unset it to take the system's" in str(refused.value)
+    assert "install" not in str(refused.value)
+
+
+@pytest.mark.skipif(Path("/proc/driver/nvidia").exists() or Path("/dev/nvidiactl").exists(), reason="this machine has NVIDIA's driver")
+def test_without_a_driver_it_says_what_to_install(monkeypatch):
+    monkeypatch.delenv("METALSTEP_CUDA_DRIVER", raising=False)
+    with pytest.raises(RuntimeError, match=r"no CUDA driver: libcuda\.so\.1: cannot open.*install NVIDIA's driver.*device \"host\""):
         NativeDevice.open("cuda")
 
 

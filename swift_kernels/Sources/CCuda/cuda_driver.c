@@ -20,7 +20,7 @@ static void *library(const char *path, char *message, size_t bytes) {
 static _Bool symbol(void *handle, const char *path, const char *name, void *function, char *message, size_t bytes) {
   void *found = dlsym(handle, name);
   if (!found) {
-    snprintf(message, bytes, "%s has no %s: it is too old", path, name);
+    snprintf(message, bytes, "%s has no %s: it is another library, or too old", path, name);
     return 0;
   }
   memcpy(function, &found, sizeof found);

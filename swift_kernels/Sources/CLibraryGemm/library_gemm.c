@@ -32,7 +32,6 @@ enum {
 #define SYMBOLS(X)                                                                                                     \
   X(int32_t, Create, (void **handle))                                                                                  \
   X(int32_t, Destroy, (void *handle))                                                                                  \
-  X(size_t, GetVersion, (void))                                                                                        \
   X(const char *, GetStatusString, (int32_t status))                                                                   \
   X(int32_t, MatmulDescCreate, (void **description, int32_t compute, int32_t scale))                                   \
   X(int32_t, MatmulDescSetAttribute, (void *description, int32_t name, const void *value, size_t bytes))               \
@@ -128,8 +127,6 @@ void ms_gemm_library_close(ms_gemm_library *library) {
   if (library->image) unload(library->image);
   free(library);
 }
-
-uint64_t ms_gemm_library_version(const ms_gemm_library *library) { return library->GetVersion(); }
 
 // The layouts, whose strides are what a column of the library, a row of ours, takes.
 static bool make_layouts(ms_gemm *gemm, const MSGpuLibraryGemmParams *p, char *error, size_t length) {

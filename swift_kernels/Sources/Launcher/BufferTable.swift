@@ -12,8 +12,8 @@ struct BufferTable {
     return next
   }
 
-  /// Whether there was such a buffer. Its memory is freed when no plan refers to it.
-  mutating func remove(_ id: Int32) -> Bool { buffers.removeValue(forKey: id) != nil }
+  /// The buffer, if there was such a one. Its memory is freed when nobody refers to it.
+  mutating func remove(_ id: Int32) -> (any DeviceBuffer)? { buffers.removeValue(forKey: id) }
 
   mutating func removeAll() { buffers.removeAll() }
 }

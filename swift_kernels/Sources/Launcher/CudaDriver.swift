@@ -22,10 +22,16 @@ final class CudaDriver {
     #if canImport(Darwin)
     throw .device("cuda: NVIDIA's GPUs are for Linux, and this is macOS; use device \"metal\" or \"host\"")
     #else
-    let path = Environment.text("METALSTEP_CUDA_DRIVER") ?? "libcuda.so.1"
+    let named = Environment.text("METALSTEP_CUDA_DRIVER")
+    let path = named ?? "libcuda.so.1"
     var functions = ms_cuda_driver()
     var message = [CChar](repeating: 0, count: 512)
     guard ms_cuda_driver_load(&functions, path, &message, message.count) else {
+      if let named {
+        throw .device(
+          "no CUDA driver: METALSTEP_CUDA_DRIVER is \"\(named)\", expected the path of NVIDIA's libcuda.so.1: "
+            + "\(String(cString: message)); unset it to take the system's, or use device \"host\"")
+      }
       throw .device(
         "no CUDA driver: \(String(cString: message)); install NVIDIA's driver (in a container, run it with --gpus), or "
           + "use device \"host\"")

@@ -14,6 +14,9 @@ final class CudaKernels {
     compiler = try CudaCompiler(context)
   }
 
+  /// A library of products is closed with the context current.
+  deinit { context.leave { kernels.removeAll() } }
+
   /// See `Device.addLibrary`. A name that an earlier library has stays that one's.
   func add(source: String) throws(LaunchError) {
     let module = try compiler.module(source: source)

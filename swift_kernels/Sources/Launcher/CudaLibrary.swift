@@ -39,9 +39,6 @@ final class CudaLibrary {
         + "pip install nvidia-cublas, or set METALSTEP_CUBLAS to libcublasLt.so of CUDA 12 or later")
   }
 
-  /// The library's version as it counts them, e.g. 130100 for 13.1.
-  var version: Int { Int(ms_gemm_library_version(pointer)) }
-
   /// A launch of `library_gemm` with its constants and the device addresses of its bindings.
   ///
   /// - Throws: `LaunchError.argument` for constants or bindings that are not such a launch's; `LaunchError.device` where

@@ -14,6 +14,8 @@ final class CudaTickets: @unchecked Sendable {
   private var runs: [Run] = []  // of the tickets after `lastFinished`, in order
   private var lastFinished: UInt64 = 0  // with all before it
   private var spare: [CudaEvent] = []
+  private var isClosed = false
+  private var end: LaunchError?  // of runs that had not ended when the device was closed
 
   init(_ context: CudaContext) {
     self.context = context
@@ -24,6 +26,7 @@ final class CudaTickets: @unchecked Sendable {
   func issue(_ plan: CudaPlan, enqueue: () throws(LaunchError) -> Void) throws(LaunchError) -> UInt64 {
     context.submission.lock()
     defer { context.submission.unlock() }
+    guard !isClosed else { throw .argument("this device is closed; open it again") }
     let event = try takeEvent()
     try enqueue()
     try event.record()
@@ -50,10 +53,15 @@ final class CudaTickets: @unchecked Sendable {
     }
   }
 
-  /// Returns when every run has ended, well or not. With the context current.
-  func waitForAll() {
-    _ = context.driver.functions.cuStreamSynchronize(context.stream)
+  /// Returns when every run has ended, well or not; no run is queued behind it. With the context current.
+  func close() {
+    context.submission.lock()
+    isClosed = true
+    context.submission.unlock()
+    let code = context.driver.functions.cuStreamSynchronize(context.stream)
+    let failure = code == 0 ? nil : context.failure(code, "close")
     lock.lock()
+    end = failure
     let ended = runs
     lastFinished += UInt64(ended.count)
     runs = []
@@ -66,6 +74,7 @@ final class CudaTickets: @unchecked Sendable {
   private func run(of ticket: UInt64) throws(LaunchError) -> Run? {
     lock.lock()
     defer { lock.unlock() }
+    if let end { throw end }
     guard ticket >= 1, ticket <= lastFinished + UInt64(runs.count) else {
       throw .argument(
         "wait: ticket \(ticket) is not one of this device's, which has given out \(lastFinished + UInt64(runs.count))")

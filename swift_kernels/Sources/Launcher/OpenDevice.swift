@@ -154,7 +154,9 @@ final class OpenDevice {
   }
 
   func destroyBuffer(_ id: Int32) throws(LaunchError) {
-    guard try locked({ () throws(LaunchError) in buffers.remove(id) }) else { throw .unknownBuffer(id) }
+    // Freed without the lock: a GPU may have to end what it does first.
+    guard let buffer = try locked({ () throws(LaunchError) in buffers.remove(id) }) else { throw .unknownBuffer(id) }
+    withExtendedLifetime(buffer) {}
   }
 
   private func buffer(_ id: Int32) throws(LaunchError) -> any DeviceBuffer {

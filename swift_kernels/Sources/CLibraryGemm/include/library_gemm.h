@@ -14,8 +14,6 @@ typedef struct ms_gemm ms_gemm;
 ms_gemm_library *ms_gemm_library_open(const char *path, char *error, size_t length);
 // After all its products. NULL is no library.
 void ms_gemm_library_close(ms_gemm_library *library);
-// E.g. 130100 of 13.1.0.
-uint64_t ms_gemm_library_version(const ms_gemm_library *library);
 
 // Chooses how to compute products of these sizes. NULL where the library has no way, or a size does not fit.
 ms_gemm *ms_gemm_create(ms_gemm_library *library, const MSGpuLibraryGemmParams *params, char *error, size_t length);
