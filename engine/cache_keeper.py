@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -39,7 +40,8 @@ class CacheKeeper:
     def __init__(self, engine: Engine, cache: PagedKVCache, blocks: KVBlocks, encoding: str = ""):
         self._encoding = encoding
         self._engine, self._cache, self._blocks = engine, cache, blocks
-        self._held: dict[int, tuple[BlockTables, weakref.ref[PromptCache]]] = {}  # by the tables' id, least recently used first
+        # By the tables' id, least recently used first.
+        self._held: OrderedDict[int, tuple[BlockTables, weakref.ref[PromptCache]]] = OrderedDict()
         self._layers = layer_order(cache.planes)
         self.windows = [cache.groups[cache.planes[layer].group].window for layer in self._layers]  # per layer
 
@@ -188,9 +190,10 @@ class CacheKeeper:
 
     # ---- inner workings -------------------------------------------------------------------------------------------------------
     def _register(self, cache: PromptCache) -> None:
-        """It is the one used last."""
-        self._held.pop(id(cache.held), None)
-        self._held[id(cache.held)] = (cache.held, weakref.ref(cache))
+        """It is the one used last. At no time it is none: what an interrupt finds unregistered loses its blocks."""
+        key = id(cache.held)
+        self._held[key] = (cache.held, weakref.ref(cache))
+        self._held.move_to_end(key)
 
     def _hold(self, cache: PromptCache, sequence: Sequence) -> None:
         """The cache's contents are the sequence's now."""

@@ -21,14 +21,14 @@ class Turn:
     """One turn at a time. A thread that is interrupted in its turn, wherever, has left it."""
 
     def __init__(self) -> None:
-        self._holder: dict[None, int] = {}  # the thread whose turn it is, if there is one
+        self._holder: dict[None, tuple[int, object]] = {}  # the thread whose turn it is, if there is one, and which turn
         self._visitors: dict[int, None] = {}  # threads that must get a turn before any `run` does
         self._sleepers: deque[threading.Lock] = deque()  # held by threads that sleep; released to wake them
 
     @property
     def mine(self) -> bool:
         """Whether the calling thread is inside of a turn."""
-        return self._holder.get(None) == threading.get_ident() and _runs(sys._getframe(), Turn._take.__code__)
+        return self._thread() == threading.get_ident() and _runs(sys._getframe(), Turn._take.__code__)
 
     @property
     def awaited(self) -> bool:
@@ -78,21 +78,27 @@ class Turn:
     # ---- inner workings -------------------------------------------------------------------------------------------------------
     def _take(self, body: Callable[[], Result]) -> Result | None:
         me, holder = threading.get_ident(), self._holder
-        if holder.get(None) == me and _runs(sys._getframe(1), Turn._take.__code__):
+        if self._thread() == me and _runs(sys._getframe(1), Turn._take.__code__):
             raise RuntimeError("the engine was called from inside of its own step, by a grammar's function; call it from outside")
         try:
             try:
-                return body() if holder.setdefault(None, me) == me else None
+                turn = (me, object())
+                return body() if holder.setdefault(None, turn) is turn else None
             finally:
                 self._leave(me)
         finally:
-            if holder.get(None) == me:  # an interrupt cut the first one short
+            if self._thread() == me:  # an interrupt cut the first one short
                 self._leave(me)
 
     def _leave(self, me: int) -> None:
-        if self._holder.get(None) == me:
+        if self._thread() == me:
             self._holder.pop(None, None)
             self._wake()
+
+    def _thread(self) -> int | None:
+        """The thread whose turn it is."""
+        turn = self._holder.get(None)
+        return None if turn is None else turn[0]
 
     def _wake(self) -> None:
         sleepers = self._sleepers
@@ -105,9 +111,9 @@ class Turn:
 
     def _look(self) -> None:
         """Forget threads that are no longer here: of two interrupts, the second can take one out of `_take` before it has left its turn."""
-        frames = sys._current_frames()
-        holder = self._holder.get(None)
-        if holder is not None and not _runs(frames.get(holder), Turn._take.__code__) and self._holder.get(None) == holder:
+        turn = self._holder.get(None)
+        frames = sys._current_frames()  # behind it: whoever had this turn then, and has it still, is among them
+        if turn is not None and not _runs(frames.get(turn[0]), Turn._take.__code__) and self._holder.get(None) is turn:
             self._holder.pop(None, None)
         for visitor in list(self._visitors):
             if not _runs(frames.get(visitor), Turn.visit.__code__):

@@ -149,7 +149,8 @@ class Scheduler:
         """The run behind `schedule`, plain decodes that are under way, before anybody knows what they give: for a device that never waits
         for the host. Some of its sequences may have ended when its turn comes; it is run and advanced as any other then, next.
 
-        None where something else may have to be done first, or blocks are short. Only where the scheduler `goes_ahead`.
+        None where something else may have to be done first, or blocks are short: some may be reserved then, for the steps to come. Only
+        where the scheduler `goes_ahead`.
         """
         entries = schedule.entries
         if not schedule.decode or any(sequence.parked for sequence in self.running) or (self.waiting and self._slots):
@@ -164,9 +165,12 @@ class Scheduler:
             cap = min(cap or MAX_AHEAD, sequence.decode_steps or 1)
             longest = max(longest, left)
         steps = min(cap, longest)
+        windows = any(group.window for group in self.blocks.groups) or any(entry.sequence.window for entry in entries)
+        if windows and schedule.steps + steps >= self.blocks.max_rows:
+            return None  # behind a window there is room for the rows of one step
         for entry in entries:
             sequence, end = entry.sequence, entry.first + schedule.steps + steps
-            wanted.append((sequence, min(end + 1, max(end, sequence.max_tokens_total - 1))))
+            wanted.append((sequence, min(end + 1, sequence.max_tokens_total - 1)))
         if not self._reserve_all(wanted):
             return None
         self._last = None  # what comes behind begins anew
