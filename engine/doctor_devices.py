@@ -69,6 +69,9 @@ def open_device(name: str) -> Finding:
     except NativeUnavailable:
         return Finding(title, needed(name), "not tried: there is no launcher", "see the launcher above")
     except DEVICE_ERRORS as error:
+        why, _, what = str(error).rpartition("; ")
+        if name == "cuda" and why:  # its text says what to do
+            return Finding(title, needed(name), why, what)
         return Finding(title, needed(name), str(error), hint(name))
     with device:
         info = device.info

@@ -1,13 +1,12 @@
 """What `metalstep doctor MODEL` says: whether it runs natively, the memory and context that it has here, what would be faster."""
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 from metalstep.capture import CaptureError
 from metalstep.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from metalstep.choices import DEFAULT_DEVICE, device_kind
-from metalstep.doctor_cuda import has_gpu
+from metalstep.doctor_cuda import refusal
 from metalstep.doctor_devices import opened
 from metalstep.explain import explain_on_paper
 from metalstep.finding import FAIL, OK, SLOW, WARN, Finding
@@ -38,7 +37,9 @@ def examine_model(
         except CaptureError as error:
             plan = {"native": False, "fallback_reason": str(error)}
         weights = described(checkpoint)
-        findings, faster = assess(name, weights, plan, limit if isinstance(limit, int) else None, device, memory_of(device))
+        refused = refusal(device) if device_kind(device) in ("cuda", "metal") else None
+        free = free_memory() if refused else memory_of(device)
+        findings, faster = assess(name, weights, plan, limit if isinstance(limit, int) else None, device, free, refused)
         return [*findings, tokenizer(checkpoint)], faster
 
 
@@ -77,23 +78,29 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def assess(
-    name: str, weights: dict[str, Any], plan: dict[str, Any], limit: int | None, device: str, free: int
+    name: str, weights: dict[str, Any], plan: dict[str, Any], limit: int | None, device: str, free: int, refused: str | None = None
 ) -> tuple[list[Finding], list[Finding]]:
-    """weights: see described. plan: of explain_on_paper. limit: the model's own, in tokens. free: bytes of memory."""
-    facts = {**weights, "free_bytes": free, "limit": limit, "device": device}
+    """weights: see described. plan: of explain_on_paper. limit: the model's own, in tokens. free: bytes of memory.
+
+    refused: why the device cannot be opened; nothing is said of its memory then.
+    """
+    facts = {**weights, "free_bytes": None if refused else free, "limit": limit, "device": device}
     size = f"{weights['bytes'] / GIB:.2f} GiB of weights"
     findings = [Finding("model", OK, f"{weights['model_type']}, {size}", facts=facts)]
     faster: list[Finding] = []
     if device == "eager":
         findings.append(Finding("native step", OK, "not wanted: --device eager is mlx-lm's own graph"))
+    elif plan["native"] and refused:
+        findings.append(Finding("native step", OK, f"the decode step can be captured; {device_kind(device)} would run it"))
     elif plan["native"]:
         findings.append(Finding("native step", OK, f"the decode step can be captured and runs on {device}"))
     else:
         reason = str(plan["fallback_reason"])
         findings.append(Finding("native step", WARN, f"runs eagerly through mlx-lm: {reason}", "nothing to do for it to run"))
         faster.append(Finding("native step", SLOW, "a model without a native step is slower", "docs/models.md lists what has one"))
-    findings.append(memory(weights["bytes"], free))
-    if plan["native"] and device != "eager":
+    if refused is None:
+        findings.append(memory(weights["bytes"], free))
+    if plan["native"] and device != "eager" and refused is None:
         finding, more = context(plan["kv_bytes_per_token"], weights["bytes"], limit, device, free)
         findings.append(finding)
         faster += more
@@ -103,10 +110,9 @@ def assess(
         faster.append(Finding("weights", SLOW, what, hint))
     if device == "metal-sim":
         faster.append(Finding("device", SLOW, "metal-sim simulates a GPU on the CPU, for tests", "--device host"))
-    if device == "metal" and sys.platform != "darwin":
-        findings.append(Finding("device", FAIL, "there is no Metal device here", "--device host"))
-    if device.startswith("cuda") and not has_gpu():
-        findings.append(Finding("device", FAIL, "there is no NVIDIA GPU here", "--device host"))
+    if refused is not None:
+        why, _, what = refused.rpartition("; ")
+        findings.append(Finding("device", FAIL, f"{device} cannot be opened: {why or what}", what if why else "--device host"))
     return findings, faster
 
 

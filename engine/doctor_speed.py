@@ -14,6 +14,7 @@ from pathlib import Path
 from huggingface_hub.constants import HF_HUB_CACHE
 
 from metalstep.doctor import installed_version, tool
+from metalstep.doctor_cuda import without_products
 from metalstep.finding import SLOW, Finding
 from metalstep.kernels.native import NativeDevice, NativeUnavailable
 from metalstep.memory_size import free_memory
@@ -40,6 +41,7 @@ def advice() -> list[Finding]:
 
 def checks() -> Iterable[Callable[[], Finding | None]]:
     yield device
+    yield without_products
     yield lambda: load(os.getloadavg()[0], usable_cpus())
     yield lambda: memory(free_memory(), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if platform.system() == "Darwin":

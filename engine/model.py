@@ -253,7 +253,11 @@ def open_device(name: str, threads: int, target: Target) -> NativeDevice:
     from metalstep.plan.gpu_target import GpuTarget
     from metalstep.tuning_files import use_tuning
 
-    use_tuning(device.info.name)
+    try:
+        use_tuning(device.info.name)
+    except BaseException:
+        device.close()
+        raise
     if isinstance(target, GpuTarget) and target.library:
         try:
             device.kernel("library_gemm")

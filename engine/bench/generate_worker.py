@@ -18,6 +18,7 @@ from typing import Any
 
 from metalstep.batch import batch_generate
 from metalstep.bench.peers import is_gpu
+from metalstep.bench.worker import described
 from metalstep.model import Model, load
 
 
@@ -52,7 +53,7 @@ def main() -> None:
         for line in sys.stdin:
             answer(measure(model, tokenizer, **json.loads(line)))
     except Exception as error:  # becomes the parent's error
-        answer({"error": f"{type(error).__name__}: {error}"})
+        answer({"error": described(error)})
         sys.exit(1)
 
 

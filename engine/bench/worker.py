@@ -240,6 +240,16 @@ class LlamaRows:
         self.batch.n_tokens = count
 
 
+OWN_ERRORS = (ValueError, RuntimeError, MemoryError)  # whose texts are written for users
+
+
+def described(error: Exception) -> str:
+    """An error in words, behind the name of its class where the text alone may not say what it is."""
+    text, kind = str(error).strip(), type(error)
+    own = kind in OWN_ERRORS or (issubclass(kind, OWN_ERRORS) and kind.__module__.startswith("metalstep."))
+    return text if own and text else f"{kind.__name__}: {text}".removesuffix(": ")
+
+
 ENGINES: dict[str, Callable[..., Engine]] = {"metalstep": MetalStep, "mlx-lm": MlxLm, "llama.cpp": LlamaCpp}
 
 
@@ -294,7 +304,7 @@ def main() -> None:
             else:
                 answer(measure(engine, **request))
     except Exception as error:  # becomes the parent's error
-        answer({"error": f"{type(error).__name__}: {error}"})
+        answer({"error": described(error)})
         sys.exit(1)
 
 

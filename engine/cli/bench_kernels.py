@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any
 
 from metalstep.chips import CHIPS, find_chip
-from metalstep.choices import ARITHMETIC, KV_DTYPES
+from metalstep.choices import ARITHMETIC, KV_DTYPES, DeviceNames, device_kind
 from metalstep.cli.bench_output import HelpFormatter, Output, add_output_options, progress
 from metalstep.cli.errors import CommandError
 from metalstep.cli.parser import Parser, counted, integers, positive
@@ -47,9 +47,9 @@ def parser() -> Parser:
     p.epilog = EXAMPLES
     p.add_argument(
         "--device",
-        choices=("host", "metal", "cuda", "metal-sim"),
-        help="metal: this Mac's GPU (default on a Mac); cuda: an NVIDIA GPU; host: the CPU (default elsewhere); metal-sim: the GPU's "
-        "kernels on the CPU",
+        choices=DeviceNames(("host", "metal", "cuda", "metal-sim")),
+        help="metal: this Mac's GPU (default on a Mac); cuda: an NVIDIA GPU, cuda:1 the second; host: the CPU (default "
+        "elsewhere); metal-sim: the GPU's kernels on the CPU",
     )
     p.add_argument(
         "--op",
@@ -91,7 +91,7 @@ def kernels(argv: list[str]) -> int:
     from metalstep.bench.kernels import shape_sizes
     from metalstep.kernels.native import NativeDevice
 
-    shape, rows, contexts, samples = DEFAULTS[device_name]
+    shape, rows, contexts, samples = DEFAULTS[device_kind(device_name)]
     shape, samples = (args.shape or shape).lower(), args.samples or samples
     sizes = shape_sizes(
         shape,
@@ -100,7 +100,7 @@ def kernels(argv: list[str]) -> int:
         bits=args.bits,
         group_size=args.group_size,
         kv_dtype=args.kv_dtype,
-        kind="nvidia" if device_name == "cuda" else "apple",
+        kind="nvidia" if device_kind(device_name) == "cuda" else "apple",
     )
     weights = "bfloat16" if args.bits == 16 else f"{args.bits} bits in groups of {args.group_size}"
     facts: dict[str, Any] = {"shape": shape, "weights": weights, "kv_dtype": args.kv_dtype, "samples": samples}
@@ -128,7 +128,7 @@ def _check(args: Any, device_name: str) -> None:
         raise CommandError("--chip: times of metal-sim are no speeds", "leave it out, or use --device metal on a Mac")
     if args.chip and device_name == "host":
         raise CommandError("--chip: the host device's limits are measured", "leave it out, or use --device metal on a Mac")
-    if args.chip and device_name == "cuda":
+    if args.chip and device_kind(device_name) == "cuda":
         raise CommandError("--chip: these are Apple's; an NVIDIA GPU's bandwidth is measured", "leave it out")
     if args.chip:
         find_chip(args.chip)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from metalstep.choices import MAX_SEQS, PREFILL_ROWS
+from metalstep.choices import CUDA_PREFILL_ROWS, DEFAULT_DEVICE, MAX_SEQS, PREFILL_ROWS, device_kind
 from metalstep.cli.bench_output import HelpFormatter, Output, add_output_options, note, progress
 from metalstep.cli.bench_subject import MODEL, add_shape_options, named, subject
 from metalstep.cli.errors import CommandError
@@ -36,7 +36,7 @@ def launches_parser() -> Parser:
         "--prefill",
         type=positive,
         metavar="N",
-        help=f"profile a step that takes in N tokens of a fresh prompt instead, up to {PREFILL_ROWS}",
+        help=f"profile a step that takes in N tokens of a fresh prompt instead, up to {PREFILL_ROWS}; {CUDA_PREFILL_ROWS:,} on cuda",
     )
     add_load_options(p)
     return p
@@ -96,8 +96,10 @@ def launches(argv: list[str]) -> int:
     from metalstep.bench.launches import bench_launches
     from metalstep.bench.prompts import Prompts
 
-    if args.prefill and args.prefill > PREFILL_ROWS:
-        raise CommandError(f"--prefill is {args.prefill}, and a step has at most {PREFILL_ROWS} rows", "a smaller number")
+    kind = device_kind(args.device or DEFAULT_DEVICE)
+    rows = CUDA_PREFILL_ROWS if kind == "cuda" else PREFILL_ROWS
+    if args.prefill and args.prefill > rows:
+        raise CommandError(f"--prefill is {args.prefill}, and a step on {kind} has at most {rows} rows", "a smaller number")
     if args.prefill and args.batch > 1:
         raise CommandError("--prefill profiles one prompt, so it does not go with --batch", "leave one of them out")
     what = f"prompt of {args.prefill}" if args.prefill else f"batch {args.batch}, context {args.context}"

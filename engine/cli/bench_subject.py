@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
+from metalstep.choices import DEFAULT_DEVICE, device_kind
 from metalstep.cli.bench_output import progress
 from metalstep.cli.errors import CommandError
 
@@ -24,15 +26,38 @@ def add_shape_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--shape-folder", metavar="FOLDER", help="where the random weights are kept for the next time (default: nowhere)")
 
 
-def subject(args: argparse.Namespace) -> AbstractContextManager[Subject]:
-    """What `add_shape_options` and --model say is measured."""
+@contextmanager
+def subject(args: argparse.Namespace) -> Iterator[Subject]:
+    """What `add_shape_options` and --model say is measured.
+
+    Raises: CommandError for options that do not go together or a folder that cannot be written; RuntimeError, before any weight is
+    written, where --device is a GPU that does not open.
+    """
     from metalstep.bench.subject import subject_of
 
     if args.shape and args.model != MODEL:
         raise CommandError("--shape and --model name two things to measure", "leave one of them out")
     if args.shape:
+        try_device(args.device)
         progress("writing random weights")
-    return subject_of(args.model, args.shape, args.shape_folder)
+    with ExitStack() as stack:
+        try:
+            measured = stack.enter_context(subject_of(args.model, args.shape, args.shape_folder))
+        except OSError as error:
+            if not args.shape_folder:
+                raise
+            text = f"--shape-folder: cannot write to {args.shape_folder}: {error.strerror or error}"
+            raise CommandError(text, "name a folder that can be written and has room, or leave it out") from None
+        yield measured
+
+
+def try_device(name: str | None) -> None:
+    """Open a GPU and close it again: one that is not there is heard of before work is done for it. Raises: as NativeDevice.open."""
+    from metalstep.kernels.native import NativeDevice
+
+    device = name or DEFAULT_DEVICE
+    if device_kind(device) in ("cuda", "metal"):
+        NativeDevice.open(device).close()
 
 
 def named(args: argparse.Namespace) -> str:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from metalstep.choices import ARITHMETIC, DEVICES, KV_DTYPES
+from metalstep.choices import ARITHMETIC, DEVICES, KV_DTYPES, DeviceNames
 from metalstep.cli.errors import CommandError, closest
 from metalstep.memory_size import memory_size
 
@@ -67,6 +67,9 @@ class Parser(argparse.ArgumentParser):
         try:
             super()._check_value(action, value)
         except argparse.ArgumentError as error:
+            if isinstance(action.choices, DeviceNames) and ":" in str(value):
+                text = f"argument {'/'.join(action.option_strings)}: {str(value)!r} is no device, expected one of {action.choices.words}"
+                raise CommandError(text, "only cuda takes a number, counted from 0: cuda:1 is the second NVIDIA GPU") from None
             if meant := closest(str(value), map(str, action.choices or ())):
                 raise CommandError(str(error), f"did you mean {meant}? `{self.prog} --help` lists the options") from None
             raise
@@ -191,7 +194,8 @@ def add_load_options(parser: argparse.ArgumentParser) -> None:
         "--kv-memory",
         type=memory,
         metavar="SIZE",
-        help="memory of the KV cache that all requests share: 2GB, 1.5GiB, or 0.5 of what is free (default: 0.5; on a GPU 0.25)",
+        help="memory of the KV cache that all requests share: 2GB, 1.5GiB, or 0.5 of what is free (default: 0.5; on "
+        "metal 0.25; on cuda 0.9 of what the weights leave of the GPU's)",
     )
     group.add_argument(
         "--strict", action="store_true", help="fail where a model cannot run natively instead of running it eagerly"

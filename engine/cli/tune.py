@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ SECONDS = 300
 CONTEXT = 256
 ROWS = [1, 8, 32, 64]
 MAX_ROWS = 64
+MAX_CONTEXT = 2**31 - 2  # tokens: positions are int32, and a step has one more
 
 
 def parser() -> Parser:
@@ -56,9 +58,13 @@ def main(argv: list[str]) -> int:
     if not all(1 <= rows <= MAX_ROWS for rows in args.rows):
         given = ",".join(map(str, args.rows))
         raise CommandError(f"--rows is {given}, of which each must be 1 to {MAX_ROWS}", "they are sequences that are decoded together")
+    if args.context > MAX_CONTEXT:
+        raise CommandError(f"--context is {args.context}, of which {MAX_CONTEXT} tokens are the most", "choose a smaller --context")
     if args.out:
         check_out(args.out)
     shapes = [name.strip() for name in args.shape.split(",") if name.strip()]
+    if not shapes:
+        raise CommandError("--shape names no shape", f"name one or more, as in --shape {SHAPE},qwen3-4b")
     from metalstep.kernels.gpu import linear_tuning
     from metalstep.tune import Tuner
     from metalstep.tuning_files import tuning_file
@@ -105,21 +111,37 @@ def search(tuner: Tuner, args: argparse.Namespace, shapes: list[str]) -> str:
         if not tuner.points and use_tuning(name):
             tuner.restart()
         progress(f"{shape}: random weights")
-        model = TuneModel(device, tuner.kind, checkpoint, rows=max(args.rows), context=args.context)
         try:
-            for rows in args.rows:
-                tuner.tune(model, shape, rows, max(1.0, (deadline - time.monotonic()) / left))
-                left -= 1
-        finally:
-            model.close()
+            model = TuneModel(device, tuner.kind, checkpoint, rows=max(args.rows), context=args.context)
+            try:
+                for rows in args.rows:
+                    tuner.tune(model, shape, rows, max(1.0, (deadline - time.monotonic()) / left))
+                    left -= 1
+            finally:
+                model.close()
+        except MemoryError as error:
+            took = f"{shape} with {max(args.rows)} sequences of --context {args.context} tokens takes more memory than there is"
+            told = " ".join(str(error).split())
+            raise CommandError(f"{took} ({told})" if told else took, "choose a smaller --context, or fewer --rows") from None
     return name
 
 
 def describe_result(tuner: Tuner, device: str, file: Path, named: bool) -> dict[str, Any]:
     from metalstep.tune import report
 
-    used = f"set METALSTEP_TUNING={file} to use it" if named else "every later run on this device uses it; delete it to undo this"
+    used = how_used(file, named, os.environ.get("METALSTEP_TUNING"))
     return {"device": device, "kind": tuner.kind, "file": str(file), "use": used, "points": report(tuner.points)}
+
+
+def how_used(file: Path, named: bool, in_use: str | None) -> str:
+    """Which runs use the table, or what makes them. named: with --out. in_use: METALSTEP_TUNING, which wins over a device's own table."""
+    if in_use and Path(in_use).absolute() == file.absolute():
+        return "METALSTEP_TUNING names it: every later run with that variable uses it"
+    if named:
+        return f"set METALSTEP_TUNING={file} to use it" + (f" (it is set to {in_use} now)" if in_use else "")
+    if in_use:
+        return f"METALSTEP_TUNING is set to {in_use} and wins; unset it, and every later run on this device uses the new table"
+    return "every later run on this device uses it; delete it to undo this"
 
 
 def describe(result: dict[str, Any]) -> list[str]:

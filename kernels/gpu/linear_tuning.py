@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,11 @@ KINDS = ("apple", "nvidia")
 THREADGROUP_BYTES = 32768
 MAX_THREADS = 1024
 SIMD_WIDTH = 32
+MAX_TILE_ROWS = 256
+MAX_TILES = 64  # 8x8 sums of a simdgroup: two registers of a lane each
+MAX_AHEAD = 8
+PLANES = (1, 2, 4, 8, 16)
+BITS = (1, 2, 3, 4, 5, 6, 8, 16, 32)  # of weights that kernels read
 
 
 @dataclass(frozen=True)
@@ -102,38 +108,122 @@ _used: dict[str, Tuning] = {}
 
 
 def load(text: str) -> Tuning:
-    """The table that `dump` wrote. Raises: ValueError that says where it is not one."""
+    """The table that `dump` wrote. Raises: ValueError that names the field and what is expected there."""
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"linear: a tuning table that is no JSON: {error}") from None
-    names = {field.name for field in dataclasses.fields(Tuning)}
-    if not isinstance(data, dict) or set(data) != names:
-        raise ValueError(f"linear: a tuning table has the fields {', '.join(sorted(names))}, not {', '.join(sorted(data))}")
+    except RecursionError:
+        raise ValueError("tuning table: it is nested too deeply, expected an object of fields") from None
+    except ValueError as error:  # numbers of too many digits, too
+        raise ValueError(f"tuning table: no JSON: {error}") from None
+    names = [field.name for field in dataclasses.fields(Tuning)]
+    data = _object("it", data, names, names)
     if data["kind"] not in KINDS:
-        raise ValueError(f"linear: a tuning table of kind {data['kind']!r}, expected one of {', '.join(KINDS)}")
-    for name in ("entries", "invariant"):
-        data[name] = [_entry(f"{name}[{i}]", entry) for i, entry in enumerate(data[name])]
-        if not data[name] or not data[name][-1].holds(32, 1 << 31, 1 << 31, 1 << 31):
-            raise ValueError(f"linear: the last of {name} in a tuning table must hold for all weights and rows")
-    for name in ("matvec_values", "tile_values"):
-        data[name] = {int(bits): tuple(values) for bits, values in data[name].items()}
-    data["norm_rows"] = [(most, rows) for most, rows in data["norm_rows"]]
-    return Tuning(**data)
+        raise _wrong("kind", data["kind"], f"one of {', '.join(KINDS)}")
+    return Tuning(
+        kind=data["kind"],
+        entries=_entries("entries", data["entries"]),
+        invariant=_entries("invariant", data["invariant"]),
+        norm_rows=[_norm_rows(f"norm_rows[{i}]", pair) for i, pair in enumerate(_list("norm_rows", data["norm_rows"]))],
+        library_rows=_limit("library_rows", data["library_rows"]),
+        matvec_values=_values("matvec_values", data["matvec_values"], 4),
+        tile_values=_values("tile_values", data["tile_values"], 8),
+    )
 
 
-def _entry(where: str, data: dict[str, Any]) -> Entry:
-    given = dict(data)
-    try:
-        shape = dict(given.pop("shape"))
-        made = SHAPES[shape.pop("type")](**shape)
-        entry = Entry(made, **given)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"linear: {where} of a tuning table: {error}") from None
-    problem = invalid(made)
+def _wrong(where: str, value: Any, expected: str) -> ValueError:
+    of = {dict: "an object", list: "a list", bool: json.dumps(value) if isinstance(value, bool) else "", type(None): "null"}
+    return ValueError(f"tuning table: {where} is {of.get(type(value)) or format(repr(value), '.40')}, expected {expected}")
+
+
+def _list(where: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise _wrong(where, value, "a list")
+    return value
+
+
+def _object(where: str, value: Any, required: Sequence[str], known: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise _wrong(where, value, f"an object with the fields {', '.join(known)}")
+    for name in required:
+        if name not in value:
+            raise ValueError(f"tuning table: {where} has no field {name}, expected {', '.join(known)}")
+    for name in value:
+        if name not in known:
+            raise ValueError(f"tuning table: {where} has a field {name!r:.40}, expected {', '.join(known)}")
+    return value
+
+
+def _integer(where: str, value: Any, least: int = 1) -> int:
+    if type(value) is not int or value < least:
+        raise _wrong(where, value, f"an integer of {least} or more")
+    return value
+
+
+def _limit(where: str, value: Any) -> int | None:
+    return None if value is None else _integer(where, value)
+
+
+def _norm_rows(where: str, value: Any) -> tuple[int | None, int]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise _wrong(where, value, "a pair of inputs k (or null) and rows")
+    return _limit(f"{where}[0]", value[0]), _integer(f"{where}[1]", value[1], 0)
+
+
+def _values(where: str, value: Any, multiple: int) -> dict[int, tuple[int, ...]]:
+    """multiple: of what the kernels multiply at a time."""
+    names = [str(bits) for bits in BITS]
+    found = {}
+    for name, values in _object(where, value, names, names).items():
+        # Quantised values are read by whole words of one group; the smallest groups are of 16, those of nvfp4.
+        bits, at = int(name), f"{where}[{name}]"
+        allowed = [v for v in (32, 16, 8, 4) if v % multiple == 0 and (bits >= 16 or v * bits % 32 == 0)]
+        if not isinstance(values, list) or not values or any(type(v) is not int or v not in allowed for v in values):
+            raise _wrong(at, values, f"a list of some of {', '.join(map(str, allowed))}, without others")
+        if any(a <= b for a, b in itertools.pairwise(values)):
+            raise ValueError(f"tuning table: {at} is {values!r:.40}, expected the most first, and none twice")
+        if bits == 4 and values[-1] > 16:
+            raise ValueError(f"tuning table: {at} is {values}, expected 16 or fewer as the last: groups of nvfp4 have no more")
+        found[bits] = tuple(values)
+    return found
+
+
+def _entries(where: str, value: Any) -> list[Entry]:
+    entries = [_entry(f"{where}[{i}]", entry) for i, entry in enumerate(_list(where, value))]
+    if not entries or not entries[-1].holds(32, 1 << 31, 1 << 31, 1 << 31):
+        raise ValueError(f"tuning table: the last of {where} must hold for all weights and rows, expected one without limits")
+    return entries
+
+
+def _entry(where: str, value: Any) -> Entry:
+    data = _object(where, value, ["shape"], [field.name for field in dataclasses.fields(Entry)])
+    shape = _shape(f"{where}.shape", data["shape"])
+    limits = {name: _limit(f"{where}.{name}", data.get(name)) for name in ("bits", "rows", "outputs", "k")}
+    planes = data.get("planes", 1)
+    if type(planes) is not int or planes not in PLANES:
+        raise _wrong(f"{where}.planes", planes, f"one of {', '.join(map(str, PLANES))}")
+    if planes > 1 and not isinstance(shape, HalfTiles):
+        raise ValueError(f"tuning table: {where}.planes is {planes}, expected 1: only half_tiles have more")
+    return Entry(shape, planes=planes, **limits)
+
+
+def _shape(where: str, value: Any) -> Shape:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(value, dict) or not isinstance(kind, str) or kind not in SHAPES:
+        at, found = (f"{where}.type", kind) if isinstance(value, dict) else (where, value)
+        raise _wrong(at, found, f"{'one' if isinstance(value, dict) else 'an object whose type is one'} of {', '.join(SHAPES)}")
+    fields = dataclasses.fields(SHAPES[kind])
+    required = [field.name for field in fields if field.default is dataclasses.MISSING]
+    given = {name: field for name, field in _object(where, value, required, ["type", *(f.name for f in fields)]).items() if name != "type"}
+    for name, field in given.items():
+        if name != "staged":
+            _integer(f"{where}.{name}", field)
+        elif not isinstance(field, bool):
+            raise _wrong(f"{where}.{name}", field, "true or false")
+    shape = SHAPES[kind](**given)
+    problem = invalid(shape)
     if problem:
-        raise ValueError(f"linear: {where} of a tuning table: {made} {problem}")
-    return entry
+        raise ValueError(f"tuning table: {where} {problem}: {shape!s:.200}")
+    return shape
 
 
 def dump(tuning: Tuning) -> str:
@@ -156,25 +246,57 @@ def dump(tuning: Tuning) -> str:
 
 
 def invalid(shape: Shape) -> str:
-    """What makes a shape impossible for segments of one weight, or ""."""
+    """What makes a shape impossible for segments of one weight (or of two, as gate and up, where strips is 1), or ""."""
     if any(not isinstance(value, int) or value < 0 for value in dataclasses.asdict(shape).values()):
         return "has a number that is none"
     if isinstance(shape, Matvec):
-        if not 1 <= shape.rows <= 8 or shape.splits < 1 or shape.simdgroups % shape.splits:
-            return "has more than 8 rows, or splits that do not divide its simdgroups"
+        if not 1 <= shape.rows <= 8 or shape.splits < 1 or shape.simdgroups < 1 or shape.simdgroups % shape.splits:
+            return "has no rows, more than 8 of them, or splits that do not divide its simdgroups"
         return "has more than 32 simdgroups" if shape.simdgroups * SIMD_WIDTH > MAX_THREADS else ""
     if shape.rows % 8 or not shape.rows or shape.strips < 1 or shape.columns < 1 or shape.splits < 1:
         return "has rows that are no multiple of 8, or nothing to multiply"
-    if shape.columns * shape.splits * (shape.bands if isinstance(shape, HalfTiles) else 1) * SIMD_WIDTH > MAX_THREADS:
+    bands = shape.bands if isinstance(shape, HalfTiles) else 1
+    if bands < 1 or shape.rows % (8 * bands):
+        return "has rows that are no multiple of 8 in each band"
+    if shape.columns * shape.splits * bands * SIMD_WIDTH > MAX_THREADS:
         return "has more than 32 simdgroups"
+    strips = max(2, shape.strips)
     if isinstance(shape, HalfTiles):
-        if shape.bands < 1 or shape.rows % (8 * shape.bands):
-            return "has rows that are no multiple of 8 in each band"
-        if shape.splits & (shape.splits - 1) or shape.words not in (1, 2, 4) or shape.ahead < 1:
-            return "has splits that are no power of two, words other than 1, 2 and 4, or nothing ahead"
-        if shape.splits > 1 and 4 * shape.rows * shape.columns * shape.strips * 8 > THREADGROUP_BYTES:
+        if shape.splits & (shape.splits - 1) or shape.words not in (1, 2, 4) or not 1 <= shape.ahead <= MAX_AHEAD:
+            return f"has splits that are no power of two, words other than 1, 2 and 4, nothing ahead, or more than {MAX_AHEAD}"
+        if shape.splits > 1 and 4 * shape.rows * shape.columns * strips * 8 > THREADGROUP_BYTES:
             return "has more sums than threadgroup memory holds"
+        if shape.staged and 16 * (4 * shape.words * shape.splits + 4) * 8 * bands > THREADGROUP_BYTES:
+            return "stages more of x than threadgroup memory holds"
+    else:
+        sums = shape.splits * shape.columns * strips * 8 * (shape.rows + 1)
+        if 4 * (max(shape.rows * (32 * shape.splits + 4), sums) + shape.rows) > THREADGROUP_BYTES:
+            return "has more of x or more sums than threadgroup memory holds"
+    if shape.rows > MAX_TILE_ROWS or shape.rows // (8 * bands) * strips > MAX_TILES:
+        return f"has more than {MAX_TILE_ROWS} rows, or more than {MAX_TILES} sums of 8x8 in a simdgroup"
     return ""
+
+
+def read(file: Path) -> Tuning:
+    """The table of a file. Raises: ValueError that names the file, also where it cannot be read."""
+    try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no file")
+        return load(file.read_bytes().decode("utf-8"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: no tuning table, which is JSON in UTF-8, but other bytes") from None
+    except OSError as error:
+        raise ValueError(f"{file}: no tuning table can be read there ({error.strerror})") from None
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def check_named() -> str | None:
+    """The file that METALSTEP_TUNING names, if it names one. Raises: ValueError that names it where it is no table."""
+    path = os.environ.get("METALSTEP_TUNING")
+    if path:
+        _named(path)
+    return path or None
 
 
 @functools.cache
@@ -184,13 +306,16 @@ def _packaged(kind: str) -> Tuning:
 
 @functools.cache
 def _named(path: str) -> Tuning:
-    return load(Path(path).read_text(encoding="utf-8"))
+    try:
+        return read(Path(path))
+    except ValueError as error:
+        raise ValueError(f"METALSTEP_TUNING={error}; unset METALSTEP_TUNING, or make a new table with `metalstep tune`") from None
 
 
 def table(kind: str) -> Tuning:
     """The table of a kind of device: the one of `use`, else that of METALSTEP_TUNING, else the packaged one.
 
-    Raises: ValueError for an unknown kind or a file that is no table; OSError for one that cannot be read.
+    Raises: ValueError for an unknown kind, or that names METALSTEP_TUNING's file where it is no table or cannot be read.
     """
     if kind not in KINDS:
         raise ValueError(f"linear: no tuning for devices of kind {kind!r}; there is one for {', '.join(KINDS)}")

@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 
 from metalstep.bench import peers as peer_processes
+from metalstep.bench.worker import described
+from metalstep.checkpoint import CheckpointError
+from metalstep.choices import CUDA_PREFILL_ROWS, PREFILL_ROWS
+from metalstep.cli import bench_subject
 from metalstep.cli import main as command
 from metalstep.cli.bench import main as bench
 from metalstep.cli.bench import parsers
 from metalstep.cli.bench_peers import peers
 from metalstep.cli.errors import CommandError
+from metalstep.kernels.native import KernelError
+from metalstep.plan.gpu_target import KINDS
 
 
 @pytest.mark.parametrize("name", list(parsers()))
@@ -39,7 +45,9 @@ def test_each_benchmark_is_in_the_list(capsys, name):
         (["prefill", "--tokens", "-5"], "argument --tokens: '-5' is not an integer above 0"),
         (["prefill", "--batch", "8"], "unrecognized arguments: --batch 8"),
         (["launches", "--batch", "65"], "--batch is 65, and at most 64 sequences run at once"),
-        (["launches", "--prefill", "513"], "--prefill is 513, and a step has at most 512 rows"),
+        (["launches", "--prefill", "513", "--device", "host"], "--prefill is 513, and a step on host has at most 512 rows"),
+        (["launches", "--prefill", "2049", "--device", "cuda:1"], "--prefill is 2049, and a step on cuda has at most 2048 rows"),
+        (["kernels", "--device", "cuda:1", "--chip", "m1"], "--chip: these are Apple's"),
         (["launches", "--prefill", "8", "--batch", "2"], "--prefill profiles one prompt, so it does not go with --batch"),
         (["sampling", "--batch", "65"], "--batch is 65, and at most 64 sequences run at once"),
         (["sampling", "--device", "eager"], "--device eager has no native step to measure"),
@@ -95,6 +103,7 @@ def test_a_gpus_decode_is_batch_generates_and_says_so(capsys, monkeypatch):
         return nothing
 
     monkeypatch.setattr(import_module("metalstep.bench.decode"), "bench_decode", measured)
+    monkeypatch.setattr(bench_subject, "try_device", lambda name: None)
     argv = ["decode", "--pairs", "1", "--also", "sampled,turbo4v2", "--kv-memory", "8GB", "--seconds", "60"]
     assert bench([*argv, "--device", "metal", "--shape", "smollm2-135m"]) == 0
     assert (given["call"], given["also"], given["seconds"]) == ("batch_generate", ["sampled", "turbo4v2"], 60)
@@ -118,3 +127,29 @@ def test_a_place_without_peers_is_named_once(monkeypatch):
 def test_kv_memory_reaches_the_model(name):
     with pytest.raises(ValueError, match="a KV cache of 1 bytes holds 0 tokens"):
         bench([name, "--kv-memory", "1", *(["--max-tokens", "4"] if name == "quality" else [])])
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill", "launches"])
+def test_no_weight_is_written_for_a_gpu_that_does_not_open(monkeypatch, tmp_path, name):
+    monkeypatch.setenv("METALSTEP_CUDA_DRIVER", str(tmp_path / "none.so"))
+    folder = tmp_path / "weights"
+    with pytest.raises(RuntimeError, match=r"METALSTEP_CUDA_DRIVER is|NVIDIA's GPUs are for Linux"):
+        bench([name, "--device", "cuda", "--shape", "smollm2-135m", "--shape-folder", str(folder)])
+    assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_named_with_its_option(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(CommandError, match=r"--shape-folder: cannot write to .*/file/x: Not a directory"):
+        bench(["decode", "--device", "host", "--shape", "smollm2-135m", "--shape-folder", str(tmp_path / "file" / "x")])
+
+
+def test_an_error_of_metalsteps_own_is_told_without_its_class():
+    ours = [ValueError("a"), RuntimeError("a"), MemoryError("a"), KernelError("a"), CheckpointError("a")]
+    assert [described(error) for error in ours] == ["a"] * len(ours)
+    others = [KeyError("a"), MemoryError(), RecursionError("a"), ModuleNotFoundError("a")]
+    assert [described(error) for error in others] == ["KeyError: 'a'", "MemoryError", "RecursionError: a", "ModuleNotFoundError: a"]
+
+
+def test_rows_of_a_step_are_those_of_the_gpus_plans():
+    assert (KINDS["apple"].mixed_rows[-1], KINDS["nvidia"].mixed_rows[-1]) == (PREFILL_ROWS, CUDA_PREFILL_ROWS)

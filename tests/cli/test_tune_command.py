@@ -5,6 +5,7 @@ import pytest
 from gpu_device import DEVICE, KIND
 
 from metalstep.cli import main as command
+from metalstep.cli.tune import how_used
 from metalstep.kernels.gpu import linear_tuning
 
 SHORT = ["--shape", "tiny", "--context", "20", "--time-budget", "1"]
@@ -43,6 +44,9 @@ def test_without_out_the_table_is_the_devices_own(tmp_path, capsys, monkeypatch)
         (["--device", "metel"], "device is 'metel', expected one of"),
         (["--rows", "1,65"], "--rows is 1,65, of which each must be 1 to 64"),
         (["--shape", "qwen3-0.6"], "shape is 'qwen3-0.6', expected one of"),
+        (["--shape", ","], "--shape names no shape"),
+        (["--shape", ""], "--shape names no shape"),
+        (["--context", "9" * 20], "--context is 99999999999999999999, of which 2147483646 tokens are the most"),
         (["--bits", "7"], "bits is 7, expected one of"),
     ],
 )
@@ -60,3 +64,31 @@ def test_a_place_that_cannot_be_written_is_an_error_with_a_hint(tmp_path, capsys
     monkeypatch.setenv("METALSTEP_CACHE", str(tmp_path / "file"))
     assert command.main(["tune", "--device", DEVICE]) == 2
     assert "hint: name a file with --out" in capsys.readouterr().err
+
+
+def test_a_context_that_memory_does_not_hold_is_named(monkeypatch, capsys):
+    def refuse(*args, **options):
+        raise MemoryError("the KV cache takes 1 TB")
+
+    monkeypatch.setattr("metalstep.tune_model.TuneModel", refuse)
+    assert command.main(["tune", "--device", DEVICE, "--shape", "tiny", "--context", "10000000"]) == 2
+    printed = capsys.readouterr().err
+    assert "64 sequences of --context 10000000 tokens takes more memory than there is (the KV cache takes 1 TB)" in printed
+    assert "hint: choose a smaller --context, or fewer --rows" in printed
+
+
+def test_it_says_which_runs_use_the_table(tmp_path):
+    """METALSTEP_TUNING wins over a device's own table."""
+    file, other = tmp_path / "gpu.json", str(tmp_path / "other.json")
+    assert how_used(file, False, None) == "every later run on this device uses it; delete it to undo this"
+    assert how_used(file, False, other).startswith(f"METALSTEP_TUNING is set to {other} and wins; unset it")
+    assert how_used(file, True, None) == f"set METALSTEP_TUNING={file} to use it"
+    assert how_used(file, True, other) == f"set METALSTEP_TUNING={file} to use it (it is set to {other} now)"
+    assert how_used(file, True, str(file)).startswith("METALSTEP_TUNING names it")
+
+
+def test_a_variable_that_names_no_table_is_an_error_before_anything_is_measured(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(linear_tuning, "_used", {})
+    monkeypatch.setenv("METALSTEP_TUNING", str(tmp_path / "none.json"))
+    assert command.main(["tune", "--device", DEVICE, *SHORT]) == 2
+    assert "none.json: no tuning table can be read there (No such file or directory)" in capsys.readouterr().err

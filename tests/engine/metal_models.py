@@ -8,14 +8,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from families import BASE, FAMILIES, VOCAB
-from gpu_device import DEVICE
+from gpu_device import DEVICE, LOGITS
 from mlx.utils import tree_flatten, tree_unflatten
 
 import metalstep
 
 CONTEXT = 1536
-# Of a row's range of logits, with a float32 cache: float32 sums in another order and fast exponentials are left.
-RANGE = 5e-6
+RANGE = LOGITS
 ALL = tuple((7 * i + i * i % 13) % VOCAB for i in range(CONTEXT))  # a text that does not repeat soon
 
 

@@ -3,7 +3,7 @@ directory on disk to tokens, against MLX in float32."""
 import numpy as np
 import pytest
 from families import BASE, FAMILIES, VOCAB, build
-from gpu_device import DEVICE
+from gpu_device import DEVICE, KIND, LOGITS
 from steps import reference
 from tiny import write_model
 
@@ -14,9 +14,9 @@ from metalstep.plan.gpu_target import GpuTarget
 NATIVE = [name for name, family in FAMILIES.items() if family.native]
 LENGTHS = (41, 19, 6)  # both sides of every window (8) and original_max_position_embeddings (16) of the configurations
 TEXTS = [[(7 * i + 13 * j) % VOCAB for j in range(n)] for i, n in enumerate(LENGTHS)]
-# Of a row's range of logits, by the cache's dtype: with a float32 cache float32 sums in another order and fast exponentials are left.
-RANGE = {"float32": 2e-5, "float16": 1e-3}
+RANGE = {"apple": 4 * LOGITS, "nvidia": LOGITS}[KIND]  # of a row's range of logits, with a cache in float32
 NEW = 9  # tokens of a generation
+LOGPROB, SAME = 5e-2, 0.7  # of the same request run otherwise, where bits may differ: apart at most, part of the tokens at least
 
 
 def within(got, want):
@@ -41,7 +41,7 @@ def family(request, tmp_path_factory):
 def test_logits_of_prompts_are_mlx_s(family):
     native, model, _ = family
     for text in TEXTS:
-        assert within(native.engine.logits(text), reference(model, text)) <= RANGE["float32"]
+        assert within(native.engine.logits(text), reference(model, text)) <= RANGE
 
 
 def test_greedy_tokens_are_mlx_s_wherever_two_tokens_are_further_apart_than_rounding(family):
@@ -54,7 +54,7 @@ def test_greedy_tokens_are_mlx_s_wherever_two_tokens_are_further_apart_than_roun
         assert len(tokens) == NEW
         logits = reference(model, [*text, *tokens])[len(text) - 1 : -1]
         for token, row in zip(tokens, logits, strict=True):
-            assert row.max() - row[token] <= RANGE["float32"] * (row.max() - row.min())
+            assert row.max() - row[token] <= RANGE * (row.max() - row.min())
 
 
 def test_several_steps_of_a_call_give_what_single_steps_give(family):
@@ -65,4 +65,14 @@ def test_several_steps_of_a_call_give_what_single_steps_give(family):
         streams = [native.engine.submit(Request(text, sampling, NEW, decode_steps=steps)) for text in TEXTS]
         return [[(o.token, o.logprob) for o in stream] for stream in streams]
 
-    assert tokens(1) == tokens(4)
+    if KIND == "apple":
+        assert tokens(1) == tokens(4)
+        return
+    same = 0
+    for one, other in zip(tokens(1), tokens(4), strict=True):  # kernels differ by rows, and with them the last digits
+        for (token, logprob), (again, logprob_again) in zip(one, other, strict=True):
+            if token != again:
+                break  # a draw on the edge of two tokens
+            same += 1
+            assert abs(logprob - logprob_again) < LOGPROB
+    assert same > SAME * NEW * len(TEXTS)

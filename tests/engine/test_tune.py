@@ -171,10 +171,31 @@ def test_the_table_of_a_device_is_used_unless_another_is_named(tmp_path, monkeyp
     assert linear_tuning.table("nvidia").library_rows == 777
 
 
-def test_a_file_that_is_no_table_is_left_alone_with_a_warning(tmp_path, monkeypatch):
+@pytest.mark.parametrize("content", [b"{}", b"5", b"[" * 100_000, b"\x80\xff", b""])
+def test_a_file_that_is_no_table_is_ignored_with_a_warning(content, tmp_path, monkeypatch):
     monkeypatch.setenv("METALSTEP_CACHE", str(tmp_path))
     file = tuning_file("GPU")
     file.parent.mkdir()
-    file.write_text("{}")
-    with pytest.warns(UserWarning, match=r"gpu\.json is not used .*; make it again with `metalstep tune`, or delete it"):
+    file.write_bytes(content)
+    with pytest.warns(UserWarning, match=r"gpu\.json: .*; it is ignored: make it again with `metalstep tune`, or delete it"):
         assert use_tuning("GPU") is None
+
+
+def test_a_folder_in_a_table_s_place_is_ignored_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv("METALSTEP_CACHE", str(tmp_path))
+    tuning_file("GPU").mkdir(parents=True)
+    with pytest.warns(UserWarning, match=r"gpu\.json: it is no file; it is ignored"):
+        assert use_tuning("GPU") is None
+
+
+def test_a_named_file_that_is_no_table_is_an_error(tmp_path, monkeypatch):
+    """Where a device is opened: later, a model would be blamed for it."""
+    file = tmp_path / "table.json"
+    file.write_text("null")
+    monkeypatch.setenv("METALSTEP_TUNING", str(file))
+    with pytest.raises(ValueError, match=r"METALSTEP_TUNING=.*table\.json: tuning table: it is null, expected .*; unset METALSTEP_TUNING"):
+        use_tuning("GPU")
+
+
+def test_a_device_without_a_name_has_a_file_with_one():
+    assert tuning_file("").name == tuning_file("⌘").name == "gpu.json"

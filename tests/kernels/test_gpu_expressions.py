@@ -6,6 +6,7 @@ import sys
 import mlx.core as mx
 import numpy as np
 import pytest
+from gpu_device import KIND
 from gpu_harness import GpuHarness
 from gpu_programs import Case, run_all
 from programs import ulps
@@ -157,7 +158,8 @@ def test_casts_round_as_mlx_does(h):
     for dtype, got in zip(dtypes, run_all(h, [Case(operation("AsType", (), 1, dtype), [x[None]]) for dtype in dtypes], 1), strict=True):
         np.testing.assert_array_equal(got[0], np.array(mx.array(x).astype(dtype).astype(F32)))
         if dtype != mx.bool_:
-            np.testing.assert_array_equal(np.signbit(got[0]), np.signbit(x))
+            signed = ~np.isnan(x) if KIND == "nvidia" else np.full(x.shape, True)  # NVIDIA's conversions drop a NaN's sign
+            np.testing.assert_array_equal(np.signbit(got[0])[..., signed], np.signbit(x)[signed])
 
 
 def test_casts_to_integers_cut_fractions(h):
