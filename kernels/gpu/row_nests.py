@@ -40,6 +40,8 @@ def domain(n: int, width: int, threads: int, run: int = 1) -> Domain:
         return Domain(width, 1, threads, run=run)
     while spans * unit * 2 <= threads and unit < width:
         unit *= 2
+    if spans == 1 and unit < width:
+        unit = threads  # which may be no power of two
     return Domain(width, spans, unit)
 
 
