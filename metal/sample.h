@@ -127,8 +127,8 @@ inline ms_sample_row ms_read_row(device const MSSampling& s, device const MSStep
   const bool tempered_first = (s.flags & MS_SAMPLE_TEMPERATURE_FIRST) != 0;
   const bool min_p = s.min_p > 0.0f, top_p = s.top_p < 1.0f;
   r.top_k = s.top_k < p.vocab_size ? s.top_k : 0;
-  r.inverse = 1.0f / s.temperature;
-  if (as_type<uint>(r.inverse) >= 0x7f800000u) r.inverse = 3.4e38f;
+  // Finite, and after a product with another constant too, which fast maths may take first. Below it all weigh alike.
+  r.inverse = s.temperature < 1e-37f ? 1e37f : 1.0f / s.temperature;
   r.scale = tempered_first ? r.inverse : 1.0f;
   r.xtc = s.xtc_probability > 0.0f && ms_coin(s);
   r.xtc_first = r.xtc && !min_p && (tempered_first || !top_p);
