@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from metalstep.kernels import params
 from metalstep.kernels.gpu.generated import named
-from metalstep.kernels.gpu.linear_text import Access, Epilogue, accesses_of, epilogue_of, row_stride
+from metalstep.kernels.gpu.linear_text import Access, Bindings, Epilogue, accesses_of, epilogue_of, row_stride
 from metalstep.kernels.launch import DTYPE_BYTES, Buffer, Launch
 from metalstep.kernels.linear import Segment
 from metalstep.kernels.step import StepBuffers
@@ -32,27 +32,12 @@ def takes(segment: Segment) -> bool:
     return not late and all(i.get("rows", params.MS_ROW_SAME) != params.MS_ROW_SAMPLED for i in accesses_of(segment))
 
 
-class _Bindings:
-    """Buffers in the order of their first use, each with the type that it is read or written as."""
-
-    def __init__(self, step: Buffer, products: Buffer):
-        self.buffers = [step, products]
-        self.types = ["const MSStep", "const float"]
-
-    def name(self, buffer: Buffer, type_name: str, *, written: bool) -> str:
-        for i, (other, name) in enumerate(zip(self.buffers, self.types, strict=True)):
-            if (other.handle, other.offset) == (buffer.handle, buffer.offset) and name.removeprefix("const ") == type_name:
-                self.types[i] = type_name if written else name
-                return f"b{i}"
-        self.buffers.append(buffer)
-        self.types.append(type_name if written else f"const {type_name}")
-        return f"b{len(self.buffers) - 1}"
-
-
 def launch(segment: Segment, products: Products, step: StepBuffers, buffer_of: Callable[[int], Buffer], max_rows: int) -> Launch:
     """Run the epilogue of a segment that this file `takes` on each row of the step. buffer_of: what a slot names."""
     epilogue, parts = epilogue_of(segment), range(len(segment.weights))
-    bindings = _Bindings(step.step, products.buffer)
+    bindings = Bindings()
+    bindings.name(step.step, "MSStep")
+    bindings.name(products.buffer, "float")
     constants = [params.pack("MSGpuFinishParams", n=products.n, c_row_stride=products.n * len(parts))]
     places: list[str] = []  # of the accesses, as arguments of ms_read_columns and ms_write_columns
     for index, (access, i) in enumerate(zip(_accesses(epilogue), accesses_of(segment), strict=True)):
@@ -63,17 +48,14 @@ def launch(segment: Segment, products: Products, step: StepBuffers, buffer_of: C
         row = f" + ulong(row) * access[{index}].row_stride" if stride else ""
         places.append(f"<{COLUMNS if whole else 1}>({name} + access[{index}].offset{row} + column")
     stores = [step for step in epilogue.steps if isinstance(step, Access)]
-    count = len(bindings.buffers)
     lines = [
         f"[[kernel, max_total_threads_per_threadgroup({THREADS})]] void KERNEL_NAME(",
-        *(f"    device {name}* b{i} [[buffer({i})]]," for i, name in enumerate(bindings.types)),
-        f"    constant MSGpuFinishParams* p [[buffer({count})]],",
+        *bindings.declared(),
+        f"    constant MSGpuFinishParams* p [[buffer({len(bindings.buffers)})]],",
         "    uint3 tg [[threadgroup_position_in_grid]],",
         "    uint tid [[thread_index_in_threadgroup]]) {",
         "  constant MSGpuLinearAccess* access = (constant MSGpuLinearAccess*)(p + 1);",
-        "  MS_WAIT_PREVIOUS(b0);",
-        "  MS_LAUNCH_NEXT;",
-        *(f"  b{i} = ms_waited(b{i});" for i in range(1, count)),
+        *bindings.wait(),
         f"  const uint column = (tg.x * {THREADS} + tid) * {COLUMNS};",
         "  const uint row = tg.y;",
         "  if (row >= b0->num_tokens || column >= p->n) return;",

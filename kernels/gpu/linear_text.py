@@ -100,11 +100,14 @@ class Bindings:
                 f"linear: {len(self.buffers)} buffers and the constants are more than the {MAX_SLOTS} that a Metal kernel takes;"
                 " put some of the segments into a launch of their own"
             )
-        lines = [
+        return "\n".join([*self.declared(), f"    constant MSGpuLinearParams* p [[buffer({len(self.buffers)})]],"])
+
+    def declared(self) -> list[str]:
+        """The buffers' declarations."""
+        return [
             f"    device {'' if i in self._written else 'const '}{name}* b{i} [[buffer({i})]],"
             for i, name in enumerate(self._types)
         ]
-        return "\n".join([*lines, f"    constant MSGpuLinearParams* p [[buffer({len(lines)})]],"])
 
 
 def accesses_of(segment: Segment) -> Iterable[dict[str, Any]]:
