@@ -99,8 +99,8 @@ final class BufferTests: XCTestCase {
     var table = BufferTable()
     let id = try table.insert(HostBuffer(bytes: 1))
     XCTAssertNotNil(table[id])
-    XCTAssertTrue(table.remove(id))
-    XCTAssertFalse(table.remove(id))
+    XCTAssertNotNil(table.remove(id))
+    XCTAssertNil(table.remove(id))
     XCTAssertNil(table[id])
   }
 }
