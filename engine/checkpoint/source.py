@@ -7,7 +7,7 @@ from pathlib import Path
 from metalstep.checkpoint.checkpoint import Checkpoint
 from metalstep.checkpoint.directory import DirectoryCheckpoint
 from metalstep.checkpoint.errors import CheckpointError
-from metalstep.checkpoint.gguf import GGUFCheckpoint
+from metalstep.checkpoint.gguf.checkpoint import GGUFCheckpoint
 from metalstep.checkpoint.quantized import QuantizedCheckpoint, parse_quantize
 from metalstep.hub.errors import HubError
 from metalstep.hub.local import local_path

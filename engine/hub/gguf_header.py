@@ -1,6 +1,6 @@
 """The few facts of a GGUF file's header that a list of models shows. Source: ggml, docs/gguf.md.
 
-metalstep.checkpoint.gguf_file reads all of it, and checks it; that takes the engine's libraries, and a file that is whole.
+metalstep.checkpoint.gguf.file reads all of it, and checks it; that takes the engine's libraries, and a file that is whole.
 """
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from checkpoint_files import (
 )
 
 from metalstep.checkpoint import CheckpointError, build_model, load_weights_eager, open_checkpoint
-from metalstep.checkpoint.gguf_rope import llama3_factors
+from metalstep.checkpoint.gguf.rope import llama3_factors
 
 KINDS = {F32: "float32", F16: "float16", BF16: "bfloat16", Q4_0: "q4_0", Q4_1: "q4_1", Q8_0: "q8_0"}
 

@@ -173,7 +173,7 @@ def test_gemma3_says_its_windows_as_a_number_or_per_layer(tmp_path, windows):
 
 def test_parts_have_the_names_of_gguf_py():
     """Each architecture's tensors are ones that gguf-py knows for it."""
-    from metalstep.checkpoint.gguf_names import ARCHITECTURES
+    from metalstep.checkpoint.gguf.names import ARCHITECTURES
 
     for arch, architecture in ARCHITECTURES.items():
         known = gguf_py.MODEL_TENSORS[next(a for a, name in gguf_py.MODEL_ARCH_NAMES.items() if name == arch)]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from metalstep.checkpoint import CheckpointError, build_model, open_checkpoint
-from metalstep.checkpoint.gguf_file import read_gguf
+from metalstep.checkpoint.gguf.file import read_gguf
 from metalstep.checkpoint.mapped_file import MappedFile
 
 VALID = llama_gguf()

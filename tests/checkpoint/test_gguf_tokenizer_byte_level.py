@@ -11,8 +11,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from tiktoken._educational import bpe_train
 
-from metalstep.checkpoint.gguf_pre_tokenizers import PRE_TOKENIZERS
-from metalstep.checkpoint.gguf_tokenizer import Vocabulary, build_tokenizer
+from metalstep.checkpoint.gguf.pre_tokenizers import PRE_TOKENIZERS
+from metalstep.checkpoint.gguf.tokenizer import Vocabulary, build_tokenizer
 
 CORPUS = (
     "the other's SHELLS'LL  don't I'VE we're 1234567 12 3.14 x=y+1; foo_bar(a, b);\n\n\n  return 'self'\r\n\t\tif <b> $5 <= ~6 ^ `a|b`...\n"

@@ -11,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from metalstep.checkpoint import CheckpointError, open_checkpoint
-from metalstep.checkpoint.gguf_tokenizer import Vocabulary, build_tokenizer, special_ids
+from metalstep.checkpoint.gguf.tokenizer import Vocabulary, build_tokenizer, special_ids
 
 CORPUS = [
     *("the quick brown fox jumps over the lazy dog", "she sells sea shells; the shells she sells are sea shells"),

@@ -12,7 +12,7 @@ from hub_models import SHARDS, weights
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metalstep.checkpoint.gguf_file import read_gguf
+from metalstep.checkpoint.gguf.file import read_gguf
 from metalstep.checkpoint.mapped_file import MappedFile
 from metalstep.cli.errors import CommandError
 from metalstep.cli.main import main

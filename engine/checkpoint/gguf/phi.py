@@ -4,8 +4,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from metalstep.checkpoint.gguf_architecture import ATTENTION, TOP, Architecture, Facts
-from metalstep.checkpoint.gguf_rope import LONG_FACTORS, SHORT_FACTORS, linear_scaling
+from metalstep.checkpoint.gguf.architecture import ATTENTION, TOP, Architecture, Facts
+from metalstep.checkpoint.gguf.rope import LONG_FACTORS, SHORT_FACTORS, linear_scaling
 
 PHI2_LAYER = {**ATTENTION, "attn_output": "self_attn.dense", "ffn_up": "mlp.fc1", "ffn_down": "mlp.fc2"}
 PHI3_LAYER = {

@@ -10,13 +10,13 @@ import numpy as np
 
 from metalstep.checkpoint.checkpoint import Checkpoint
 from metalstep.checkpoint.errors import CheckpointError
-from metalstep.checkpoint.gguf_architecture import Architecture
-from metalstep.checkpoint.gguf_config import read_config
-from metalstep.checkpoint.gguf_file import GGUFHeader, read_gguf
-from metalstep.checkpoint.gguf_metadata import Metadata
-from metalstep.checkpoint.gguf_names import find_architecture, parameter_names, row_order
-from metalstep.checkpoint.gguf_rope import ROPE_TENSORS
-from metalstep.checkpoint.gguf_tokenizer import Vocabulary, build_tokenizer, special_ids
+from metalstep.checkpoint.gguf.architecture import Architecture
+from metalstep.checkpoint.gguf.config import read_config
+from metalstep.checkpoint.gguf.file import GGUFHeader, read_gguf
+from metalstep.checkpoint.gguf.metadata import Metadata
+from metalstep.checkpoint.gguf.names import find_architecture, parameter_names, row_order
+from metalstep.checkpoint.gguf.rope import ROPE_TENSORS
+from metalstep.checkpoint.gguf.tokenizer import Vocabulary, build_tokenizer, special_ids
 from metalstep.checkpoint.mapped_file import MappedFile
 from metalstep.checkpoint.skeleton import gguf_skeleton
 from metalstep.checkpoint.tensors import BlockPart, FileTensor, ShiftedTensor, Tensor

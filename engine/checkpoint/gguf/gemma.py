@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from metalstep.checkpoint.gguf_architecture import ATTENTION, MLP, QK_NORMS, Architecture, Facts
-from metalstep.checkpoint.gguf_metadata import Metadata
-from metalstep.checkpoint.gguf_rope import rope_scaling
+from metalstep.checkpoint.gguf.architecture import ATTENTION, MLP, QK_NORMS, Architecture, Facts
+from metalstep.checkpoint.gguf.metadata import Metadata
+from metalstep.checkpoint.gguf.rope import rope_scaling
 
 FOUR_NORMS = {
     **ATTENTION,

@@ -3,8 +3,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from metalstep.checkpoint.gguf_architecture import ATTENTION, MLP, QK_NORMS, Architecture, Facts
-from metalstep.checkpoint.gguf_rope import rope_scaling
+from metalstep.checkpoint.gguf.architecture import ATTENTION, MLP, QK_NORMS, Architecture, Facts
+from metalstep.checkpoint.gguf.rope import rope_scaling
 
 
 def _config(facts: Facts) -> dict[str, Any]:

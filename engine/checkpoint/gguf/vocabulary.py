@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from metalstep.checkpoint.errors import CheckpointError
-from metalstep.checkpoint.gguf_pre_tokenizers import pre_tokenizer
+from metalstep.checkpoint.gguf.pre_tokenizers import pre_tokenizer
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # token types
 # tokenizer.ggml.model: how text becomes tokens, and the ids that such a file means when it does not say.

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from metalstep.checkpoint.errors import CheckpointError
-from metalstep.checkpoint.gguf_architecture import Architecture
-from metalstep.checkpoint.gguf_experts import MIXTRAL, QWEN2_MOE, QWEN3_MOE
-from metalstep.checkpoint.gguf_file import GGUFHeader, TensorInfo
-from metalstep.checkpoint.gguf_gemma import GEMMA, GEMMA2, GEMMA3
-from metalstep.checkpoint.gguf_llama import LLAMA, QWEN2, QWEN3
-from metalstep.checkpoint.gguf_metadata import Metadata
-from metalstep.checkpoint.gguf_phi import PHI2, PHI3
-from metalstep.checkpoint.gguf_rope import ROPE_TENSORS
+from metalstep.checkpoint.gguf.architecture import Architecture
+from metalstep.checkpoint.gguf.experts import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from metalstep.checkpoint.gguf.file import GGUFHeader, TensorInfo
+from metalstep.checkpoint.gguf.gemma import GEMMA, GEMMA2, GEMMA3
+from metalstep.checkpoint.gguf.llama import LLAMA, QWEN2, QWEN3
+from metalstep.checkpoint.gguf.metadata import Metadata
+from metalstep.checkpoint.gguf.phi import PHI2, PHI3
+from metalstep.checkpoint.gguf.rope import ROPE_TENSORS
 
 ARCHITECTURES = {
     **{"llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3},

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from metalstep.checkpoint.gguf_architecture import ATTENTION, QK_NORMS, Architecture, Facts
+from metalstep.checkpoint.gguf.architecture import ATTENTION, QK_NORMS, Architecture, Facts
 
 
 def _experts(block: str) -> dict[str, str]:

@@ -5,8 +5,8 @@ from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from metalstep.checkpoint.gguf_pre_tokenizers import PreTokenizer
-from metalstep.checkpoint.gguf_vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
+from metalstep.checkpoint.gguf.pre_tokenizers import PreTokenizer
+from metalstep.checkpoint.gguf.vocabulary import CONTROL, UNKNOWN, USER_DEFINED, Vocabulary
 
 
 def byte_level(vocabulary: Vocabulary, pre: PreTokenizer) -> Tokenizer:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from metalstep.checkpoint.gguf_metadata import Metadata
+from metalstep.checkpoint.gguf.metadata import Metadata
 
 # Tensors that are factors of RoPE's frequencies; they become rope_scaling in the config.
 FACTORS, LONG_FACTORS, SHORT_FACTORS = "rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"

@@ -5,7 +5,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from metalstep.checkpoint.errors import CheckpointError
-from metalstep.checkpoint.gguf_vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
+from metalstep.checkpoint.gguf.vocabulary import BYTE, CONTROL, NORMAL, UNKNOWN, USER_DEFINED, Vocabulary
 
 SPACE = "▁"
 # Phi-3's special tokens take the white space after them, all but these.

@@ -8,9 +8,9 @@ import numpy as np
 
 from metalstep.checkpoint import blocks
 from metalstep.checkpoint.errors import CheckpointError
-from metalstep.checkpoint.gguf_architecture import Architecture, Facts
-from metalstep.checkpoint.gguf_file import GGUFHeader
-from metalstep.checkpoint.gguf_metadata import Metadata
+from metalstep.checkpoint.gguf.architecture import Architecture, Facts
+from metalstep.checkpoint.gguf.file import GGUFHeader
+from metalstep.checkpoint.gguf.metadata import Metadata
 
 
 def read_config(

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from metalstep.checkpoint.gguf_file import TensorInfo
-from metalstep.checkpoint.gguf_metadata import Metadata
+from metalstep.checkpoint.gguf.file import TensorInfo
+from metalstep.checkpoint.gguf.metadata import Metadata
 
 # Names without `.weight` or `.bias`. Source: llama.cpp, gguf-py/gguf/constants.py.
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}

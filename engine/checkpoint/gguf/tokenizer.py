@@ -9,9 +9,9 @@ from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, SPMStreamingDetokeni
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from metalstep.checkpoint.gguf_byte_level import byte_level
-from metalstep.checkpoint.gguf_sentencepiece import adds_prefix, sentencepiece
-from metalstep.checkpoint.gguf_vocabulary import Vocabulary, special_ids
+from metalstep.checkpoint.gguf.byte_level import byte_level
+from metalstep.checkpoint.gguf.sentencepiece import adds_prefix, sentencepiece
+from metalstep.checkpoint.gguf.vocabulary import Vocabulary, special_ids
 
 __all__ = ["Vocabulary", "build_tokenizer", "special_ids"]
 
