@@ -12,7 +12,8 @@ from metalstep.kernels import params
 from metalstep.kernels.gpu.expressions import literal
 from metalstep.kernels.gpu.row_homes import homes, per_thread
 from metalstep.kernels.gpu.row_nests import LANES, Aliases, Domain, Nest, Pass, longest_vector
-from metalstep.kernels.gpu.row_steps import TYPES, RowSteps, Touch
+from metalstep.kernels.gpu.row_steps import RowSteps
+from metalstep.kernels.gpu.row_text import TYPES, Touch
 from metalstep.kernels.gpu.row_values import Op, Value
 
 BARRIERS = {
