@@ -1,4 +1,6 @@
 """Devices that the tests of a file share."""
+from contextlib import ExitStack
+
 import pytest
 from gpu_harness import GpuHarness
 from harness import Harness
@@ -31,3 +33,13 @@ def host():
     """The host device, on one thread, to compare a GPU with."""
     with Harness(1) as harness:
         yield harness
+
+
+@pytest.fixture(autouse=True)
+def buffers_of_one_test(request):
+    """What a test puts on a device that its file shares goes with the test."""
+    with ExitStack() as stack:
+        for name in ("h", "g", "host"):
+            if name in request.fixturenames:
+                stack.enter_context(request.getfixturevalue(name).scratch())
+        yield

@@ -1,14 +1,15 @@
 """Runs an op's launches on a device with numpy arrays in and out."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
 from metalstep.kernels import params, sample, step_advance, step_load
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import PackedWeight
-from metalstep.kernels.native import NativeDevice
+from metalstep.kernels.native import DeviceBuffer, NativeDevice
 from metalstep.kernels.step import StepBuffers
 
 
@@ -18,6 +19,7 @@ class Harness:
     def __init__(self, threads: int = 2, device: str = "host"):
         """threads: of the host device; others have none to choose."""
         self.device = NativeDevice.open(device, threads if device == "host" else 0)
+        self._made: list[DeviceBuffer] = []
 
     def __enter__(self) -> Harness:
         return self
@@ -25,10 +27,25 @@ class Harness:
     def __exit__(self, *_: object) -> None:
         self.device.close()
 
+    @contextmanager
+    def scratch(self) -> Iterator[None]:
+        """What is made meanwhile is freed behind it: a process has a limit of mappings, and a simulated GPU takes two for each buffer."""
+        kept, self._made = self._made, []
+        try:
+            yield
+        finally:
+            for buffer in self._made:
+                buffer.close()
+            self._made = kept
+
+    def create(self, nbytes: int) -> DeviceBuffer:
+        self._made.append(self.device.create_buffer(nbytes))
+        return self._made[-1]
+
     def put(self, array: np.ndarray, dtype: str | None = None) -> Buffer:
         """A device copy of `array`; dtype names it where numpy has no such type."""
         array = np.ascontiguousarray(array)
-        owner = self.device.create_buffer(max(array.nbytes, 16))
+        owner = self.create(max(array.nbytes, 16))
         owner.numpy(array.dtype, array.shape)[...] = array
         return Buffer(owner.handle, 0, array.shape, dtype or str(array.dtype))
 
@@ -104,7 +121,7 @@ class Harness:
     def pack(self, weight: np.ndarray, *, bits: int, group_size: int, dtype: int, n: int, k: int, **pointers: np.ndarray) -> PackedWeight:
         """`weight` (uint32 words, or dense elements as stored) as panels; pointers: scales and biases."""
         nbytes = self.device.weight_bytes(n, k, bits, group_size, dtype)
-        owner = self.device.create_buffer(nbytes)
+        owner = self.create(nbytes)
         quantised = params.MS_WEIGHT_AFFINE if "biases" in pointers else params.MS_WEIGHT_FLOATS
         fmt = params.MS_WEIGHT_DENSE if bits >= 16 else quantised
         arrays = {name: np.ascontiguousarray(a) for name, a in pointers.items()}

@@ -1,10 +1,12 @@
 import CMetalSim
 import Glibc
 
-/// Metal source compiled for the CPU. Never unloaded: pipelines and commands in flight point into its code.
+/// Metal source compiled for the CPU. Its code goes with it: functions, and so pipelines, keep it. A sanitizer's stays,
+/// whose reports and whose runtime outlive a library.
 final class SimLibrary: MTLLibrary {
   private let kernels: [String: KernelScanner.Kernel]
   private let handle: UnsafeMutableRawPointer
+  private let mode: SimMode
 
   init(source: String, mathMode: MTLMathMode) throws {
     let scanner = KernelScanner(source)
@@ -21,8 +23,11 @@ final class SimLibrary: MTLLibrary {
     sim_find_sanitizers(handle)
     unsafeBitCast(symbol, to: SetRuntime.self)(sim_runtime_functions())
     self.handle = handle
+    mode = try SimMode.chosen()
     kernels = translation.kernels
   }
+
+  deinit { if !mode.isSanitizer { dlclose(handle) } }
 
   var functionNames: [String] { kernels.keys.sorted() }
 

@@ -17,6 +17,8 @@ enum SimMode: String, CaseIterable {
     return mode
   }
 
+  var isSanitizer: Bool { self == .address || self == .thread }
+
   /// Of clang.
   var arguments: [String] {
     let traced = ["-O1", "-g", "-fno-omit-frame-pointer"]
