@@ -19,7 +19,7 @@ SECONDS ?= 600
 # Test files side by side, each in one process.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help build demo vllm serve test test-vllm test-cuda sanitize-cuda lint format sanitize swift-test neon test-kernels-all soak peers docs dist dist-check clean
+.PHONY: help build demo vllm serve test test-vllm test-nvidia test-cuda sanitize-cuda lint format sanitize swift-test neon test-kernels-all soak peers docs dist dist-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo 'make vllm      $(VLLM) with vLLM (2 minutes, 4 GB), for serve and for the tests of the plugin'
 	@echo 'make test      all tests, the kernels once per instruction set of this machine, the plugin in vLLM'
 	@echo 'make test-vllm only those of the plugin, in $(VLLM)'
+	@echo 'make test-nvidia the GPU tests with plans and geometry for NVIDIA, simulated'
 	@echo 'make test-cuda the GPU kernels and engine on an NVIDIA GPU; make sanitize-cuda: some of them under compute-sanitizer'
 	@echo 'make build     the virtual environment $(VENV) and the launcher'
 	@echo 'make lint      ruff, mypy, clang-format, Swift and C with warnings as errors'
@@ -115,7 +116,12 @@ test-vllm: $(NATIVE)
 	  echo 'warning: the tests with vLLM did not run: $(VLLM) could not be made, see above' >&2; \
 	fi
 
-# The tests of the simulated GPU, on an NVIDIA one.
+# The tests of the simulated GPU with all that is an NVIDIA GPU's but its compiler and driver: geometry, plans, memory.
+test-nvidia: build $(VENV)/.installed-dev
+	METALSTEP_TEST_GPU=metal-sim METALSTEP_TEST_KIND=nvidia WORKERS=auto tests/cuda.sh $(BIN)/python test -- --dist loadfile \
+	  --deselect tests/engine/test_gpu_agrees_with_host.py --deselect tests/engine/test_metal_engine.py::test_the_packaged_model_answers
+
+# And on an NVIDIA one.
 test-cuda: build $(VENV)/.installed-dev $(VENV)/.smollm2
 	tests/cuda.sh $(BIN)/python test
 

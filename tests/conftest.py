@@ -4,7 +4,11 @@ import os
 from collections import Counter
 
 import pytest
+from gpu_device import KIND, SIMULATED
 from hypothesis import settings
+
+if SIMULATED and KIND == "nvidia":
+    from nvidia_simulator import nvidia_simulator  # noqa: F401  # of all tests
 
 settings.register_profile("metalstep", deadline=None, derandomize=True)
 settings.load_profile("metalstep")
@@ -18,8 +22,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Another GPU than the simulated one (METALSTEP_TEST_GPU): tests of the simulator itself are not for it. --every N: see above."""
-    other_gpu = os.environ.get("METALSTEP_TEST_GPU", "metal-sim") != "metal-sim"
+    """Another GPU than the simulated one, or what is taken for one: tests of the simulator itself are not for it. --every N: see above."""
+    other_gpu = not SIMULATED or KIND == "nvidia"
     wanted, count = [], Counter()
     for item in items:
         if not (other_gpu and item.get_closest_marker("simulator")):

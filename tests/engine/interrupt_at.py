@@ -24,6 +24,7 @@ class InterruptAt:
 
     def __enter__(self) -> InterruptAt:
         self._before = sys.gettrace()
+        sys._getframe().f_trace_opcodes = True  # Python 3.12 traces bytecodes only if a frame asked for it before settrace
         sys.settrace(self._trace)
         return self
 

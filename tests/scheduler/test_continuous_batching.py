@@ -47,6 +47,7 @@ def interrupt(after):
         return trace
 
     previous = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 traces bytecodes only if a frame asked for it before settrace
     sys.settrace(trace)
     try:
         yield
