@@ -222,7 +222,8 @@ class NativeDevice:
         sources = library.cuda_sources(launches, self._compiled)
         if not sources:
             return
-        with ThreadPoolExecutor(min(len(sources), os.cpu_count() or 1)) as threads:
+        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+        with ThreadPoolExecutor(min(len(sources), allowed)) as threads:
             for kernel, _ in zip(sources, threads.map(self._add_source, sources.values()), strict=True):
                 self._compiled.add(kernel)
 

@@ -38,7 +38,7 @@ let package = Package(
     .target(name: "CMetalStep", cSettings: optimised),  // the C ABI and what kernels are given
     .target(name: "CKernels", dependencies: ["CMetalStep"], cSettings: optimised),  // the host device's kernels and threads
     .target(name: "CCuda", cSettings: optimised),  // NVIDIA's driver and compiler, by dlopen
-    .target(name: "CLibraryGemm", dependencies: ["CMetalStep"], cSettings: optimised),  // NVIDIA's matrix products, likewise
+    .target(name: "CLibraryGemm", dependencies: ["CMetalStep", "CCuda"], cSettings: optimised),  // NVIDIA's matrix products, likewise
     .target(
       name: "Launcher", dependencies: ["CMetalStep", "CKernels", "CCuda", "CLibraryGemm"] + metal,
       swiftSettings: staticStdlib),

@@ -1,4 +1,4 @@
-// A CUDA driver and NVRTC without a GPU, for test_cuda_device.py: memory is the host's, and what is queued on a stream happens
+// A CUDA driver and NVRTC without a GPU, for test_cuda_*.py: memory is the host's, and what is queued on a stream happens
 // only when somebody looks, one thing at a time, so that whatever relies on it having happened already shows.
 //
 // METALSTEP_FAKE_CUDA holds options, name=number, separated by spaces (see `option`); METALSTEP_FAKE_CUDA_LOG names a file to which
@@ -130,6 +130,7 @@ static int progress(Stream *stream) {
   return op && !sticky;
 }
 static Stream *streams[16];
+static Queue *execs[256];
 static int progress_any(void) {
   for (int i = 0; i < 16; i++)
     if (streams[i] && progress(streams[i])) return 1;
@@ -174,11 +175,22 @@ int cuDevicePrimaryCtxRetain(void **context, int device) {
   return OK;
 }
 int cuDevicePrimaryCtxRelease_v2(int device) {
+  if (sticky) {  // a context that has failed takes all with it
+    memset(&live, 0, sizeof live);
+    memset(streams, 0, sizeof streams);
+    memset(execs, 0, sizeof execs);
+    memset(pinned, 0, sizeof pinned);
+    taken = 0;
+  }
   note("release %d: %ld memory, %ld pinned, %ld events, %ld streams, %ld graphs, %ld execs, %ld modules", device - 40, live.memory,
        live.pinned, live.events, live.streams, live.graphs, live.execs, live.modules);
   return OK;
 }
-int cuCtxPushCurrent_v2(void *context) { return (void)context, depth++, OK; }
+int cuCtxPushCurrent_v2(void *context) {
+  (void)context;
+  if (option("push", OK)) return (int)option("push", OK);
+  return depth++, OK;
+}
 int cuCtxPopCurrent_v2(void **context) { return *context = NULL, depth--, OK; }
 int cuMemGetInfo_v2(size_t *free_bytes, size_t *total) {
   READY;
@@ -283,7 +295,12 @@ int cuModuleLoadData(Module **module, const void *image) {
   note("load");
   return OK;
 }
-int cuModuleUnload(Module *module) { return free(module), live.modules--, sticky; }
+int cuModuleUnload(Module *module) {
+  for (int i = 0; i < 256; i++)
+    for (Op *op = execs[i] ? execs[i]->first : NULL; op; op = op->next)
+      if (op->kind == LAUNCH && op->kernel >= module->kernels && op->kernel < module->kernels + 16) note("unloaded while a graph runs it");
+  return free(module), live.modules--, sticky;
+}
 int cuModuleGetFunction(Kernel **function, Module *module, const char *name) {
   READY;
   for (int i = 0; i < module->count; i++)
@@ -351,7 +368,13 @@ int cuStreamEndCapture(Stream *stream, Queue **graph) {
 int cuGraphInstantiateWithFlags(Queue **exec, Queue *graph, unsigned long long flags) {
   READY;
   if (flags) return INVALID_VALUE;
+  if (option("instantiate", OK)) return (int)option("instantiate", OK);
   *exec = calloc(1, sizeof **exec);
+  for (int i = 0; i < 256; i++)
+    if (!execs[i]) {
+      execs[i] = *exec;
+      break;
+    }
   int nodes = 0;
   for (Op *op = graph->first; op; op = op->next, nodes++) {
     Op *copied = made(0);
@@ -371,7 +394,11 @@ static void discard(Queue *graph) {
   free(graph);
 }
 int cuGraphDestroy(Queue *graph) { return discard(graph), live.graphs--, OK; }
-int cuGraphExecDestroy(Queue *exec) { return discard(exec), live.execs--, OK; }
+int cuGraphExecDestroy(Queue *exec) {
+  for (int i = 0; i < 256; i++)
+    if (execs[i] == exec) execs[i] = NULL;
+  return discard(exec), live.execs--, OK;
+}
 int cuGraphUpload(Queue *exec, Stream *stream) { return (void)exec, (void)stream, ready(__func__); }
 int cuGraphLaunch(Queue *exec, Stream *stream) {
   READY;
@@ -387,7 +414,7 @@ int cuGraphLaunch(Queue *exec, Stream *stream) {
 }
 int cuEventCreate(Event **event, uint32_t flags) {
   READY;
-  (void)flags;
+  note("event %u", flags);
   return *event = calloc(1, sizeof **event), live.events++, OK;
 }
 int cuEventRecord(Event *event, Stream *stream) {

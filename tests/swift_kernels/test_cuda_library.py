@@ -42,12 +42,6 @@ def fake(libraries, tmp_path, monkeypatch):
     assert set(fake.log("cublas closed")) <= {"cublas closed: 0 left"}
 
 
-@pytest.fixture
-def cuda(fake):
-    with opened() as device:
-        yield device
-
-
 def put(device, array):
     owner = device.create_buffer(max(array.nbytes, 16), shared=False)
     owner.write(array)
@@ -152,7 +146,7 @@ def test_a_launch_that_is_no_product_is_refused(cuda, part):
 def test_a_library_that_is_another_is_refused(libraries, fake, monkeypatch, tmp_path):
     """With what it lacks, or the loader's own text, and what to do."""
     monkeypatch.setenv("METALSTEP_CUBLAS", str(libraries[0]))
-    with opened() as device, pytest.raises(ValueError, match=r"libfake_cuda\.so has no cublasLtCreate; CUDA 12 or later has"):
+    with opened() as device, pytest.raises(ValueError, match=r"cuBLAS: \S*libfake_cuda\.so has no cublasLtCreate.*too old"):
         device.kernel("library_gemm")
     monkeypatch.setenv("METALSTEP_CUBLAS", str(tmp_path / "nowhere.so"))
     with opened() as device, pytest.raises(ValueError, match=r"nowhere\.so: cannot open .*; looked in 1 places.*METALSTEP_CUBLAS"):

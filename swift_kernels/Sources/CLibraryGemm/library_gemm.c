@@ -5,9 +5,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 
-#if defined(__linux__)
-#include <dlfcn.h>
-#endif
+#include "shared_library.h"
 
 // What is used of cublasLt.h, whose ABI is that of CUDA 11 and later.
 typedef struct {
@@ -77,43 +75,23 @@ static void fail(char *error, size_t length, const char *format, ...) {
 
 // Whether a call worked; else says which did not.
 static bool check(const ms_gemm_library *library, int32_t status, const char *call, char *error, size_t length) {
-  if (status) fail(error, length, "cuBLAS: cublasLt%s: %s", call, library->GetStatusString(status));
+  if (status) fail(error, length, "cublasLt%s: %s", call, library->GetStatusString(status));
   return status == 0;
 }
 #define CALL(library, name, ...) check(library, (library)->name(__VA_ARGS__), #name, error, length)
 
-#if defined(__linux__)
 static bool load(ms_gemm_library *library, const char *path, char *error, size_t length) {
-  library->image = dlopen(path, RTLD_NOW | RTLD_LOCAL);
-  if (!library->image) {
-    fail(error, length, "cuBLAS: %s", dlerror());
-    return false;
-  }
-#define FIND(result, name, parameters)                                                      \
-  if (!(library->name = (result(*) parameters)dlsym(library->image, "cublasLt" #name))) {   \
-    fail(error, length, "cuBLAS: %s has no cublasLt" #name "; CUDA 12 or later has", path); \
-    return false;                                                                           \
-  }
-  SYMBOLS(FIND)
+  library->image = ms_shared_library_open(path, error, length);
+#define FIND(result, name, parameters) \
+  &&ms_shared_library_find(library->image, path, "cublasLt" #name, &library->name, error, length)
+  return library->image SYMBOLS(FIND);
 #undef FIND
-  return true;
 }
-
-static void unload(void *image) { dlclose(image); }
-#else
-static bool load(ms_gemm_library *library, const char *path, char *error, size_t length) {
-  (void)library;
-  fail(error, length, "cuBLAS: %s: there is no CUDA on this machine", path);
-  return false;
-}
-
-static void unload(void *image) { (void)image; }
-#endif
 
 ms_gemm_library *ms_gemm_library_open(const char *path, char *error, size_t length) {
   ms_gemm_library *library = calloc(1, sizeof *library);
   if (!library) {
-    fail(error, length, "cuBLAS: no memory");
+    fail(error, length, "no memory");
     return NULL;
   }
   if (load(library, path, error, length) && CALL(library, Create, &library->handle)) return library;
@@ -124,7 +102,7 @@ ms_gemm_library *ms_gemm_library_open(const char *path, char *error, size_t leng
 void ms_gemm_library_close(ms_gemm_library *library) {
   if (!library) return;
   if (library->handle) library->Destroy(library->handle);
-  if (library->image) unload(library->image);
+  if (library->image) ms_shared_library_close(library->image);
   free(library);
 }
 
@@ -161,7 +139,7 @@ static bool choose(ms_gemm *gemm, const MSGpuLibraryGemmParams *p, char *error, 
   library->MatmulPreferenceDestroy(preference);
   if (!asked) return false;
   if (found < 1 || result.status) {
-    fail(error, length, "cuBLAS: no way to multiply %u rows of %u by %u outputs", p->rows, p->k, p->n);
+    fail(error, length, "no way to multiply %u rows of %u by %u outputs", p->rows, p->k, p->n);
     return false;
   }
   for (int i = 0; i < 8; i++) gemm->algorithm[i] = result.algorithm[i];
@@ -172,7 +150,7 @@ static bool choose(ms_gemm *gemm, const MSGpuLibraryGemmParams *p, char *error, 
 ms_gemm *ms_gemm_create(ms_gemm_library *library, const MSGpuLibraryGemmParams *p, char *error, size_t length) {
   ms_gemm *gemm = calloc(1, sizeof *gemm);
   if (!gemm) {
-    fail(error, length, "cuBLAS: no memory");
+    fail(error, length, "no memory");
     return NULL;
   }
   gemm->library = library;

@@ -83,7 +83,9 @@ final class CudaBuffer: DeviceBuffer {
       let code = context.driver.functions.cuMemHostAlloc(&address, bytes, flags)
       guard code == 0, let address else {
         if code == MS_CUDA_OUT_OF_MEMORY {
-          throw .memory("buffer: \(bytes) bytes of the machine's memory cannot be pinned for \(context.gpu.name)")
+          throw .memory(
+            "buffer: \(bytes) bytes of the machine's memory cannot be pinned for \(context.gpu.name): too few are free, or the "
+              + "container may have no more; end other programs, or give it more")
         }
         throw context.error(code, "buffer: \(bytes) pinned bytes")
       }

@@ -65,7 +65,8 @@ final class CudaCompiler: @unchecked Sendable {
       _ = nvrtc.nvrtcGetProgramLogSize(program, &bytes)
       var log = [CChar](repeating: 0, count: bytes + 1)
       _ = nvrtc.nvrtcGetProgramLog(program, &log)
-      throw .device("library: \(String(cString: log))")
+      let text = String(cString: log)
+      throw .device("library: \(text.isEmpty ? "NVIDIA's compiler gives error \(code), without a word" : text)")
     }
     guard nvrtc.nvrtcGetCUBINSize(program, &bytes) == 0, bytes > 0 else {
       throw .device("library: NVIDIA's compiler gives no machine code for \(options[0])")
@@ -90,23 +91,27 @@ final class CudaCompiler: @unchecked Sendable {
       places = names + folders.flatMap { folder in names.map { "\(folder)/\($0)" } }
     }
     var newer: (ms_nvrtc, (major: Int32, minor: Int32))?
-    var reason = ""
+    var reasons: [(path: String, text: String)] = []
     for place in places {
       var nvrtc = ms_nvrtc()
       var message = [CChar](repeating: 0, count: 512)
       guard ms_nvrtc_load(&nvrtc, place, &message, message.count) else {
-        if reason.isEmpty { reason = String(cString: message) }
+        reasons.append((place, String(cString: message)))
         continue
       }
       var version: (major: Int32, minor: Int32) = (0, 0)
-      guard nvrtc.nvrtcVersion(&version.major, &version.minor) == 0 else { continue }
+      guard nvrtc.nvrtcVersion(&version.major, &version.minor) == 0 else {
+        reasons.append((place, "\(place) does not tell its version"))
+        continue
+      }
       if version.major <= newest { return (nvrtc, version) }
       if newer == nil { newer = (nvrtc, version) }
     }
     if let newer { return newer }
     throw .device(
-      "cuda: no NVIDIA compiler (NVRTC) in \(places.count) places: \(reason); pip install nvidia-cuda-nvrtc (driver 580 or "
-        + "later) or nvidia-cuda-nvrtc-cu12, or set METALSTEP_NVRTC to libnvrtc.so")
+      "cuda: no NVIDIA compiler (NVRTC) in \(places.count) places: \(LibraryFolders.firstReason(reasons)); "
+        + "pip install nvidia-cuda-nvrtc (driver 580 or later) or nvidia-cuda-nvrtc-cu12, or set METALSTEP_NVRTC to "
+        + "libnvrtc.so")
   }
 
   /// The newest architecture that the compiler knows and the GPU runs: code for one runs on later ones of its generation.

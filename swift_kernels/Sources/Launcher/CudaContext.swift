@@ -22,9 +22,7 @@ final class CudaContext: @unchecked Sendable {
     var context: OpaquePointer?
     let code = driver.functions.cuDevicePrimaryCtxRetain(&context, gpu.device)
     guard code == 0, let context else {
-      let why =
-        Self.endsContext(code) ? "it has failed before: start a new process" : "other processes may have filled its memory"
-      throw .device("cuda: \(gpu.name) gives no context: \(driver.text(of: code)); \(why)")
+      throw .device("cuda: \(gpu.name) gives no context: \(driver.text(of: code)); \(Self.advice(on: code))")
     }
     self.context = context
     var stream: OpaquePointer?
@@ -35,7 +33,7 @@ final class CudaContext: @unchecked Sendable {
     }
     guard created == 0, let stream else {
       _ = driver.functions.cuDevicePrimaryCtxRelease(gpu.device)
-      throw .device("cuda: \(gpu.name) gives no stream: \(driver.text(of: created))")
+      throw .device("cuda: \(gpu.name) gives no stream: \(driver.text(of: created)); \(Self.advice(on: created))")
     }
     self.stream = stream
   }
@@ -61,11 +59,13 @@ final class CudaContext: @unchecked Sendable {
     return try body()
   }
 
-  /// As `enter`, to free what is left, which a failed GPU no longer has.
-  func leave(_ body: () -> Void) {
-    guard driver.functions.cuCtxPushCurrent(context) == 0 else { return }
+  /// As `enter`, to free what is left, which a failed GPU no longer has. Returns the error for which `body` did not run, or 0.
+  @discardableResult func leave(_ body: () -> Void) -> Int32 {
+    let code = driver.functions.cuCtxPushCurrent(context)
+    guard code == 0 else { return code }
     body()
     Self.pop(driver)
+    return 0
   }
 
   private static func pop(_ driver: CudaDriver) {
@@ -81,7 +81,12 @@ final class CudaContext: @unchecked Sendable {
 
   /// The error of a code. One that the GPU does not recover from ends the context.
   func error(_ code: Int32, _ what: String) -> LaunchError {
-    Self.endsContext(code) ? failure(code, what) : .device("\(what): \(driver.text(of: code))")
+    if Self.endsContext(code) { return failure(code, what) }
+    let text = "\(what): \(driver.text(of: code))"
+    guard code == MS_CUDA_OUT_OF_MEMORY else { return .device(text) }
+    return .memory(
+      "\(text): the driver needs more of \(gpu.name)'s memory than is left; use a smaller model or less KV memory, or end "
+        + "other programs on this GPU")
   }
 
   // MARK: Failures
@@ -106,6 +111,16 @@ final class CudaContext: @unchecked Sendable {
     if let failure {
       throw .device(
         "cuda: \(gpu.name) has failed before (\(failure)) and does nothing more for this process: start a new one")
+    }
+  }
+
+  /// What to do where a GPU cannot be opened.
+  private static func advice(on code: Int32) -> String {
+    switch Int(code) {
+    case MS_CUDA_OUT_OF_MEMORY: return "other processes have filled its memory: end them (nvidia-smi lists them)"
+    case MS_CUDA_UNAVAILABLE: return "another process may have it for itself: nvidia-smi shows its compute mode"
+    case _ where endsContext(code): return "it has failed before: start a new process"
+    default: return "nvidia-smi may say more"
     }
   }
 

@@ -26,8 +26,8 @@ struct CudaCubins {
     var header = Header(magic: 0, key: 0, bytes: 0, check: 0)
     var status = stat()
     guard fstat(fileno(file), &status) == 0, fread(&header, MemoryLayout<Header>.size, 1, file) == 1,
-      header.magic == Self.magic, Int64(header.bytes) == Int64(status.st_size) - Int64(MemoryLayout<Header>.size),
-      header.bytes > 0
+      header.magic == Self.magic, header.bytes > 0,
+      header.bytes == UInt64(status.st_size) - UInt64(MemoryLayout<Header>.size)
     else { return nil }
     var cubin = [UInt8](repeating: 0, count: Int(header.bytes))
     guard fread(&cubin, cubin.count, 1, file) == 1, header == Self.header(of: cubin, key: key) else { return nil }

@@ -73,7 +73,7 @@ final class CudaDevice: Device {
   }
 
   /// What has been queued cannot be taken back: it is waited for.
-  func close() { context.leave { tickets.close() } }
+  func close() { tickets.close() }
 
   private func queue(_ body: () throws(LaunchError) -> Void) throws(LaunchError) {
     try context.enter { () throws(LaunchError) in

@@ -26,7 +26,15 @@ final class CudaDriver {
     let path = named ?? "libcuda.so.1"
     var functions = ms_cuda_driver()
     var message = [CChar](repeating: 0, count: 512)
-    guard ms_cuda_driver_load(&functions, path, &message, message.count) else {
+    let isLoaded = ms_cuda_driver_load(&functions, path, &message, message.count)
+    var version: Int32 = 0
+    // First: an older driver also lacks functions.
+    if let ask = functions.cuDriverGetVersion, ask(&version) != 0 || version < Self.minimum {
+      throw .device(
+        "cuda: the driver supports CUDA \(Self.text(version)), expected \(Self.text(Self.minimum)) or later: install "
+          + "NVIDIA's driver 550 or later, or use device \"host\"")
+    }
+    guard isLoaded else {
       if let named {
         throw .device(
           "no CUDA driver: METALSTEP_CUDA_DRIVER is \"\(named)\", expected the path of NVIDIA's libcuda.so.1: "
@@ -36,16 +44,15 @@ final class CudaDriver {
         "no CUDA driver: \(String(cString: message)); install NVIDIA's driver (in a container, run it with --gpus), or "
           + "use device \"host\"")
     }
-    var version: Int32 = 0
-    guard functions.cuDriverGetVersion(&version) == 0, version >= Self.minimum else {
-      throw .device(
-        "cuda: the driver supports CUDA \(Self.text(version)), expected \(Self.text(Self.minimum)) or later: install "
-          + "NVIDIA's driver 550 or later, or use device \"host\"")
-    }
     self.functions = functions
     self.version = version
     let code = functions.cuInit(0)
     if code == MS_CUDA_NO_DEVICE { throw noDevice }
+    if code == MS_CUDA_NOT_INITIALIZED {
+      throw .device(
+        "cuda: the driver does not start: \(text(of: code)); a process that was forked from one that has used CUDA cannot use "
+          + "it: start it anew (of multiprocessing, the method \"spawn\")")
+    }
     guard code == 0 else {
       throw .device(
         "cuda: the driver does not start: \(text(of: code)); nvidia-smi may say more. Use device \"host\" meanwhile")

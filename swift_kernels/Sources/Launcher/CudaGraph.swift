@@ -2,6 +2,7 @@ import CCuda
 
 /// Operations captured into one graph, which one call of the driver replays.
 final class CudaGraph {
+  private(set) var operations: [any CudaOperation]
   private let context: CudaContext
   private let executable: OpaquePointer
 
@@ -38,9 +39,16 @@ final class CudaGraph {
     try context.check(functions.cuGraphInstantiate(&executable, graph, 0), "plan of \(operations.count) launches")
     self.context = context
     self.executable = executable!
+    self.operations = operations
   }
 
-  deinit { context.leave { _ = context.driver.functions.cuGraphExecDestroy(executable) } }
+  /// The code that it runs is freed behind it, a library's with the context current.
+  deinit {
+    context.leave {
+      _ = context.driver.functions.cuGraphExecDestroy(executable)
+      operations.removeAll()
+    }
+  }
 
   /// Brings it to the GPU, so that the first run does not have to. With `submission` held.
   func upload() throws(LaunchError) {

@@ -1,12 +1,6 @@
 import CLibraryGemm
 import CMetalStep
 
-#if canImport(Darwin)
-import Darwin
-#else
-import Glibc
-#endif
-
 /// NVIDIA's library of matrix products (cuBLASLt), for launches of the kernel `library_gemm`.
 ///
 /// Its calls are made with the device's context current.
@@ -26,16 +20,16 @@ final class CudaLibrary {
   ///
   /// - Throws: `LaunchError.argument` where there is none, with what to do; plans then have to do without it.
   static func open() throws(LaunchError) -> CudaLibrary {
-    var paths = names + (LibraryFolders.all() + [toolkit]).flatMap { folder in names.map { "\(folder)/\($0)" } }
-    if let named = getenv("METALSTEP_CUBLAS"), named.pointee != 0 { paths = [String(cString: named)] }
-    var reasons: [String] = []
+    let places = names + (LibraryFolders.all() + [toolkit]).flatMap { folder in names.map { "\(folder)/\($0)" } }
+    let paths = Environment.text("METALSTEP_CUBLAS").map { [$0] } ?? places
+    var reasons: [(path: String, text: String)] = []
     for path in paths {
       let (library, text) = withErrorText { ms_gemm_library_open(path, $0, $1) }
       if let library { return CudaLibrary(library) }
-      reasons.append(text)
+      reasons.append((path, text))
     }
     throw .argument(
-      "\(reasons.first ?? "cuBLAS: no library"); looked in \(paths.count) places. Long prompts take longer without it: "
+      "cuBLAS: \(LibraryFolders.firstReason(reasons)); looked in \(paths.count) places. Long prompts take longer without it: "
         + "pip install nvidia-cublas, or set METALSTEP_CUBLAS to libcublasLt.so of CUDA 12 or later")
   }
 
@@ -53,7 +47,7 @@ final class CudaLibrary {
     var params = MSGpuLibraryGemmParams()
     withUnsafeMutableBytes(of: &params) { $0.copyMemory(from: constants) }
     let (gemm, text) = withErrorText { ms_gemm_create(pointer, &params, $0, $1) }
-    guard let gemm else { throw .device(text) }
+    guard let gemm else { throw .device("cuBLAS: \(text)") }
     return CudaGemm(gemm, of: self, addresses: addresses)
   }
 }
@@ -79,7 +73,7 @@ final class CudaGemm: CudaOperation {
   /// `isEarly` is of no use here: the library's kernels do not wait by themselves for what is in front of them.
   func enqueue(on stream: OpaquePointer, isEarly: Bool) throws(LaunchError) {
     let (status, text) = withErrorText { ms_gemm_enqueue(gemm, UnsafeMutableRawPointer(stream), addresses, $0, $1) }
-    guard status == 0 else { throw .device(text) }
+    guard status == 0 else { throw .device("cuBLAS: \(text)") }
   }
 }
 

@@ -6,7 +6,6 @@ import CMetalStep
 final class CudaPlan: DevicePlan, @unchecked Sendable {
   private let context: CudaContext
   private let tickets: CudaTickets
-  private var operations: [any CudaOperation]
   private let graph: CudaGraph
   private let buffers: [any DeviceBuffer]  // not read again: the graph has their addresses
 
@@ -17,7 +16,7 @@ final class CudaPlan: DevicePlan, @unchecked Sendable {
     self.context = context
     self.tickets = tickets
     buffers = source.buffers
-    (operations, graph) = try context.enter { () throws(LaunchError) in
+    graph = try context.enter { () throws(LaunchError) in
       var operations: [any CudaOperation] = []
       for (i, launch) in source.launches.enumerated() {
         guard launch.kernel >= 0, launch.kernel < kernels.count else {
@@ -33,12 +32,9 @@ final class CudaPlan: DevicePlan, @unchecked Sendable {
       context.submission.lock()
       defer { context.submission.unlock() }
       try graph.upload()
-      return (operations, graph)
+      return graph
     }
   }
-
-  /// A library's operations are freed with the context current.
-  deinit { context.leave { operations.removeAll() } }
 
   func run(steps: Int) throws(LaunchError) -> UInt64 {
     try context.enter { () throws(LaunchError) in
@@ -52,9 +48,9 @@ final class CudaPlan: DevicePlan, @unchecked Sendable {
   /// What events alone take, which is more than a small launch, is taken off.
   func profile(into times: UnsafeMutablePointer<UInt64>) throws(LaunchError) {
     try context.enter { () throws(LaunchError) in
-      let bare = try timed([any CudaOperation](repeating: CudaNothing(), count: operations.count)).sorted()
+      let bare = try timed([any CudaOperation](repeating: CudaNothing(), count: graph.operations.count)).sorted()
       let overhead = bare.isEmpty ? 0 : bare[bare.count / 2]
-      for (i, time) in try timed(operations).enumerated() { times[i] = UInt64(max(0, time - overhead)) }
+      for (i, time) in try timed(graph.operations).enumerated() { times[i] = UInt64(max(0, time - overhead)) }
     }
   }
 
@@ -80,7 +76,7 @@ final class CudaPlan: DevicePlan, @unchecked Sendable {
   var kernelNames: String {
     let shown = 12
     var names: [String] = []
-    for operation in operations where !names.contains(operation.name) { names.append(operation.name) }
+    for operation in graph.operations where !names.contains(operation.name) { names.append(operation.name) }
     let more = names.count > shown ? " and \(names.count - shown) more" : ""
     return names.isEmpty ? "no launches" : names.prefix(shown).joined(separator: ", ") + more
   }

@@ -38,40 +38,46 @@ final class CudaTickets: @unchecked Sendable {
 
   /// See `Device.wait`.
   func wait(for ticket: UInt64, timeout: Int64?) throws(LaunchError) {
-    guard let run = try run(of: ticket) else { return }
-    try context.enter { () throws(LaunchError) in
-      let deadline = timeout.map { limit in
-        let (sum, overflow) = MonotonicClock.now().addingReportingOverflow(limit)
-        return overflow ? Int64.max : sum
-      }
-      let code = run.event.wait(until: deadline)
-      if code == MS_CUDA_NOT_READY {
-        throw .timeout("wait: ticket \(ticket) has not finished in time; wait for it again")
-      }
-      guard code == 0 else { throw context.failure(code, "run") }
-      release(through: ticket)
+    guard let code = try result(of: ticket, timeout: timeout) else { return }
+    if code == MS_CUDA_NOT_READY {
+      throw .timeout("wait: ticket \(ticket) has not finished in time; wait for it again")
     }
+    guard code == 0 else { throw context.failure(code, "run") }
+    release(through: ticket)
   }
 
-  /// Returns when every run has ended, well or not; no run is queued behind it. With the context current.
+  /// What the run's event gives, at the latest when the time is over; nil when the run is known to be finished.
+  private func result(of ticket: UInt64, timeout: Int64?) throws(LaunchError) -> Int32? {
+    guard let event = try event(of: ticket) else { return nil }
+    let deadline = timeout.map { limit in
+      let (sum, overflow) = MonotonicClock.now().addingReportingOverflow(limit)
+      return overflow ? Int64.max : sum
+    }
+    return try context.enter { () throws(LaunchError) in event.wait(until: deadline) }
+  }
+
+  /// Returns when every run has ended, well or not; no run is queued behind it. Runs are let go of where the GPU has failed,
+  /// too: they refer to their plans, which refer to this.
   func close() {
     context.submission.lock()
     isClosed = true
     context.submission.unlock()
-    let code = context.driver.functions.cuStreamSynchronize(context.stream)
+    var ended: Int32 = 0
+    let entered = context.leave { ended = context.driver.functions.cuStreamSynchronize(context.stream) }
+    let code = entered == 0 ? ended : entered
     let failure = code == 0 ? nil : context.failure(code, "close")
     lock.lock()
     end = failure
-    let ended = runs
-    lastFinished += UInt64(ended.count)
+    let held = (runs, spare)
+    lastFinished += UInt64(runs.count)
     runs = []
     spare = []
     lock.unlock()
-    withExtendedLifetime(ended) {}  // what they hold is freed without the lock
+    withExtendedLifetime(held) {}  // freed without the lock
   }
 
   /// nil when it is known to be finished.
-  private func run(of ticket: UInt64) throws(LaunchError) -> Run? {
+  private func event(of ticket: UInt64) throws(LaunchError) -> CudaEvent? {
     lock.lock()
     defer { lock.unlock() }
     if let end { throw end }
@@ -79,21 +85,26 @@ final class CudaTickets: @unchecked Sendable {
       throw .argument(
         "wait: ticket \(ticket) is not one of this device's, which has given out \(lastFinished + UInt64(runs.count))")
     }
-    return ticket <= lastFinished ? nil : runs[Int(ticket - lastFinished) - 1]
+    return ticket <= lastFinished ? nil : runs[Int(ticket - lastFinished) - 1].event
   }
 
   /// An event that is not in use. Runs that nobody waits for are looked at here, so that they do not pile up.
   private func takeEvent() throws(LaunchError) -> CudaEvent {
-    lock.lock()
-    let first = runs.first
-    let ticket = lastFinished + 1
-    lock.unlock()
-    if let first, first.event.query() == 0 { release(through: ticket) }
+    if let ticket = finishedFirst() { release(through: ticket) }
     lock.lock()
     let event = spare.popLast()
     lock.unlock()
     if let event { return event }
     return try CudaEvent(context)
+  }
+
+  /// The ticket of the first run, if it has finished.
+  private func finishedFirst() -> UInt64? {
+    lock.lock()
+    let event = runs.first?.event
+    let ticket = lastFinished + 1
+    lock.unlock()
+    return event?.query() == 0 ? ticket : nil
   }
 
   /// The runs up to this one are finished.

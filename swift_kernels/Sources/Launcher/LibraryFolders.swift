@@ -12,6 +12,12 @@ enum LibraryFolders {
     if !folders.contains(path) { folders.append(path) }
   }
 
+  /// Of the reasons for which libraries do not serve, that of the first which is there, or else the first of all.
+  static func firstReason(_ reasons: [(path: String, text: String)]) -> String {
+    let telling = reasons.first { !$0.text.hasPrefix("\($0.path): cannot open shared object file: No such file") }
+    return (telling ?? reasons[0]).text
+  }
+
   /// In the order in which they were added.
   static func all() -> [String] {
     lock.lock()

@@ -18,6 +18,13 @@ final class ErrorTests: XCTestCase {
     XCTAssertNil(handle)
   }
 
+  func testOfLibrariesThatDoNotServeTheOneThatIsThereIsTold() {
+    let missing = ["liba.so", "/b/liba.so"].map { ($0, "\($0): cannot open shared object file: No such file or directory") }
+    let needs = ("/c/liba.so", "libneeded.so: cannot open shared object file: No such file or directory")
+    XCTAssertEqual(LibraryFolders.firstReason(missing + [needs]), needs.1)
+    XCTAssertEqual(LibraryFolders.firstReason(missing), missing[0].1)
+  }
+
   func testTextsBelongToTheThreadThatFailed() throws {
     let device = try Caller("host")
     var id: Int32 = 0
