@@ -10,7 +10,7 @@ import numpy as np
 
 from metalstep.bench.kernels import TINY, TINY_CONFIG
 from metalstep.capture import capture
-from metalstep.capture.passes import Fusion
+from metalstep.capture.passes import Fusion, Linears
 from metalstep.kernels.native import NativeDevice, NativePlan
 from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.native_model import ANY_ROWS, NativeModel
@@ -122,7 +122,8 @@ class TuneModel:
         fusion = self._fusion(rows)
         found: dict[tuple[int, int, int, bool], list[int]] = {}
         names: dict[tuple[int, int, int, bool], str] = {}
-        divided = replace(fusion, planes=_Two(fusion))
+        assert fusion.linears is not None
+        divided = replace(fusion, linears=_Two(fusion.linears))
         for node in self._captured.graph(*ANY_ROWS, divided).nodes:
             if node.op != "linear":
                 continue
@@ -151,14 +152,17 @@ class TuneModel:
         return self._target.fusion(self._target.plan_shape(rows, decode=True, context=self.context))
 
 
+@dataclass(frozen=True)
 class _Two:
     """Two planes for every linear that may have any."""
 
-    def __init__(self, fusion: Fusion):
-        self._norm_fits = fusion.norm_fits
+    linears: Linears
 
-    def __call__(self, outputs: int, k: int, bits: int) -> int:
-        return 1 if self._norm_fits is not None and self._norm_fits(outputs) else 2
+    def norm_fits(self, size: int) -> bool:
+        return self.linears.norm_fits(size)
+
+    def planes(self, outputs: int, k: int, bits: int) -> int:
+        return 1 if self.norm_fits(outputs) else 2
 
 
 class TuneStep:

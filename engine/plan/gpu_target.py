@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -54,13 +54,12 @@ KINDS = {
 
 @dataclass(frozen=True)
 class LinearFusion:
-    """What linears of plans for so many rows take in, as the tuning has it. Equal ones have the same table."""
+    """What linears of plans for so many rows take in, as the tuning table in use has it. given: all of the table that decides it."""
 
     kind: str
     rows: int
     invariant: bool
-    table: int  # its identity
-    _tuning: linear_tuning.Tuning = field(compare=False, repr=False)
+    given: tuple[Any, ...]
 
     def norm_fits(self, size: int) -> bool:
         return self.rows <= linear_tuning.norm_rows(self.kind, size, invariant=self.invariant)
@@ -113,13 +112,10 @@ class GpuTarget:
 
     def fusion(self, shape: PlanShape) -> Fusion:
         table = linear_tuning.table(self.kind)
-        linears = LinearFusion(self.kind, shape.tokens, self.batch_invariant, id(table), table)
-        return Fusion(
-            ("rms_norm",),
-            norm_fits=linears.norm_fits,
-            planes=linears.planes,
-            attention=shape.decode and not self.batch_invariant,
-        )
+        entries = table.invariant if self.batch_invariant else table.entries
+        given = (*table.norm_rows, *((e.bits, e.rows, e.outputs, e.k, e.planes) for e in entries))
+        linears = LinearFusion(self.kind, shape.tokens, self.batch_invariant, given)
+        return Fusion(("rms_norm",), linears, attention=shape.decode and not self.batch_invariant)
 
     def weights(self, device: NativeDevice, tensors: Mapping[str, Tensor], prepared: Mapping[str, mx.array]) -> WeightStore:
         return GpuWeightStore(device, tensors, prepared)

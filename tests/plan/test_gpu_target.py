@@ -2,6 +2,7 @@
 import functools
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -76,6 +77,25 @@ def test_planes_are_added_up_by_the_next_norm():
 def test_invariant_plans_do_the_same_for_any_rows():
     few, many = (plan("qwen3-0.6b", "nvidia", rows, batch_invariant=True).launches for rows in (1, 64))
     assert [entry.ops for entry in few] == [entry.ops for entry in many]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_plans_that_take_in_the_same_have_one_graph(kind):
+    """Whatever their contexts, and whatever table says the same of fusions in other shapes."""
+    model, _ = captured("qwen3-0.6b")
+    table = linear_tuning.table(kind)
+    shapes = [replace(entry, shape=table.entries[0].shape, planes=entry.planes) for entry in table.entries]
+    planes = [replace(entry, planes=3 - entry.planes if entry.planes < 3 else 1) for entry in table.entries]
+
+    def graph(tuning, rows, context):
+        with linear_tuning.using(tuning):
+            target = GpuTarget(kind)
+            return model.graph(7, 5, target.fusion(target.plan_shape(rows, decode=True, context=context)))
+
+    known = graph(table, 32, 100)
+    assert graph(replace(table, entries=shapes), 30, 9000) is known
+    assert graph(replace(table, entries=planes), 32, 100) is not known
+    assert graph(table, 64, 100) is not known
 
 
 def test_plans_have_room_for_as_many_rows_as_the_target_says():
