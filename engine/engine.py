@@ -309,7 +309,8 @@ class Engine:
         self.meter.saw(self.used_blocks())
         if self._trace is not None:
             self._trace.took(schedule, began, time.perf_counter_ns())
-        for running in self._runner.held_back:
+        held_back, self._runner.held_back = self._runner.held_back, []
+        for running in held_back:
             self._park(running)
         for running in ended:
             self._end(running)

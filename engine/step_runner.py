@@ -27,11 +27,10 @@ FAILURES = {
 
 @dataclass
 class Ahead:
-    """A run that was queued before its turn. going_on: its requests by rows, None for those that have ended since."""
+    """A run that was queued before its turn."""
 
     schedule: Schedule
     run: Run
-    going_on: list[RunningRequest | None]
 
 
 class StepRunner:
@@ -47,26 +46,22 @@ class StepRunner:
         self._loaded = False  # the arrays hold the next step of the last schedule, if that was a decode
         self._ahead: Ahead | None = None
         self._taken_up: Ahead | None = None  # by `ahead`
-        self.held_back: list[RunningRequest] = []  # by the latest step: they wait for their callers
+        self.held_back: list[RunningRequest] = []  # by the latest step: they wait for their callers. Who parks them takes them out
         self.steps = self.prompt_tokens = self.cached_tokens = self.generated_tokens = 0
         self.prepared = self.submitted = self.done = 0
         self.time_launches = False
         self.launch_times: list[tuple[str, str, int]] = []
 
     def drain(self) -> None:
-        """Let what an interrupted step left in the device's queue finish, and forget what the arrays hold."""
-        self._loaded, self._ahead, self._taken_up = False, None, None
+        """Let what an interrupted step left in the device's queue finish, and forget it and what the arrays hold."""
+        self._loaded, self._ahead, self._taken_up, self.held_back = False, None, None, []
         self._fence.wait(self._fence.run(1))
         self._arrays.rewind()
 
     def ahead(self) -> Schedule | None:
         """The schedule that is under way already, which `run` is for next; None: there is none, or nobody wants what it gives any more."""
         ahead, self._ahead = self._ahead, None
-        if ahead is None:
-            return None
-        entries = zip(ahead.schedule.entries, ahead.going_on, strict=True)
-        ahead.going_on = [running if entry.sequence.request is running else None for entry, running in entries]
-        if not any(running is not None for running in ahead.going_on):
+        if ahead is None or all(entry.sequence.request is None for entry in ahead.schedule.entries):
             return None
         self._taken_up = ahead
         return ahead.schedule
@@ -77,14 +72,13 @@ class StepRunner:
         more: says what surely follows a schedule. It is queued while the last results of this one are not there yet, so that the device
         has something to do while they are handed out, and waits for `ahead`.
         """
-        self.held_back = []
         self.steps += 1
         taken_up, self._taken_up = self._taken_up, None
+        going_on: list[RunningRequest | None] = [entry.sequence.request for entry in schedule.entries]
         if taken_up is None or taken_up.schedule is not schedule:
-            going_on: list[RunningRequest | None] = [entry.sequence.request for entry in schedule.entries]
             run = self._start(schedule)
         else:
-            run, going_on = taken_up.run, taken_up.going_on
+            run = taken_up.run
             self.launch_times = []
             self.prepared = time.perf_counter_ns()
         ended: list[RunningRequest] = []
@@ -145,7 +139,7 @@ class StepRunner:
         if following.grown:
             limits = [entry.limit for entry in following.entries]
             self._arrays.edit(self._arrays.limits[: len(limits)])[:] = limits
-        self._ahead = Ahead(following, self._plan(following).start(following.steps), list(going_on))
+        self._ahead = Ahead(following, self._plan(following).start(following.steps))
 
     def _continue(self, schedule: Schedule) -> None:
         """The arrays hold this step's rows already: step_advance wrote them, up to the ends of the tables that it knew."""
@@ -163,6 +157,7 @@ class StepRunner:
         limits: list[int] = []
         for entry in schedule.entries:
             sequence, first, count = entry.sequence, entry.first, entry.count
+            self.prompt_tokens += max(0, min(first + count, sequence.prompt_len) - first)
             row = len(tokens)
             tokens += sequence.tokens[first : first + count]
             if first < sequence.prompt_len and sequence.request.request.embeddings is not None:
@@ -233,7 +228,7 @@ class StepRunner:
 
     # ---- behind ------------------------------------------------------------------------------------------------------------
     def _take_decoded(self, going_on: list[RunningRequest | None], run: Run, part: Part) -> list[RunningRequest]:
-        """Results of decode steps. going_on: the step's requests, None for those that have ended."""
+        """Results of decode steps. going_on: the step's requests, None for those that have ended, some before it was their turn."""
         ended = []
         results = self._arrays.sampled[part.row : part.row + part.steps, : len(going_on)].T.tolist()
         for i, running in enumerate(going_on):
@@ -257,7 +252,6 @@ class StepRunner:
         for entry in schedule.entries:
             sequence = entry.sequence
             running: RunningRequest = sequence.request
-            self.prompt_tokens += max(0, min(entry.first + entry.count, sequence.prompt_len) - entry.first)
             first = entry.first + entry.count - entry.wanted - running.before  # position in the request's own prompt
             for position in range(first, first + entry.wanted):
                 sampled = entry.samples and position == first + entry.wanted - 1

@@ -179,13 +179,14 @@ class StepSession:
     max_rows: int = field(init=False)  # of a step
     max_results: int = MAX_RESULTS  # of a step
     _free: deque[int] = field(init=False)
-    _used: dict[int, SessionStep] = field(default_factory=dict)  # slot: the last step with rows of it
+    _used: dict[int, int] = field(default_factory=dict)  # slot: number of the last step with rows of it
     _under_way: deque[SessionStep] = field(default_factory=deque)
     stages: list[StepStage] = field(init=False)
     _loads: dict[StepStage, NativePlan] = field(default_factory=dict)
     _stage_steps: list[SessionStep | None] = field(init=False)
-    _count: int = 0
-    _taking: threading.Lock = field(default_factory=threading.Lock)  # results of steps under way
+    _count: int = 0  # steps that were begun
+    _taken: int = 0  # of them, those whose results are there
+    _taking: threading.Lock = field(default_factory=threading.Lock)  # for who takes results: held while the device is waited for
 
     def __post_init__(self) -> None:
         seqs, self.max_rows = self.arrays.sizes.seqs, self.arrays.sizes.rows
@@ -207,12 +208,13 @@ class StepSession:
             raise ValueError(f"{self.arrays.sizes.seqs} sequences run already; release one first")
         for _ in range(len(self._free)):
             slot = self._free.popleft()
-            step = self._used.get(slot)
-            if step is None or step.sampled is not None:
+            if self._used.get(slot, -1) < self._taken:
                 return slot
             self._free.append(slot)
         slot = self._free.popleft()
-        self.collect(self._used[slot])
+        with self._taking:
+            while self._used[slot] >= self._taken:
+                self._take()
         return slot
 
     def release(self, slot: int) -> None:
@@ -259,19 +261,20 @@ class StepSession:
         """
         began = 0 if self._trace is None else trace.now()
         row = self._count % self.arrays.sizes.steps
-        with self._taking:
-            while self._under_way and self._under_way[0].row == row:
-                self._take()
+        if len(self._under_way) == self.arrays.sizes.steps:  # the oldest has the row
+            with self._taking:
+                while len(self._under_way) == self.arrays.sizes.steps:
+                    self._take()
         step = None
         if row and not split and self._continues(spans):
             step = self._go_on(spans, row, keep_logits)
         if step is None:
             step = self._start(spans, row, split, keep_logits)
-        self._count += 1
         self._latest = step, spans
         self._under_way.append(step)
         for span in spans:
-            self._used[span.slot] = step
+            self._used[span.slot] = self._count
+        self._count += 1
         if self._trace is not None:
             self._trace.began(step, spans, began)
         return step
@@ -318,6 +321,8 @@ class StepSession:
 
     def collect(self, step: SessionStep) -> None:
         """Wait for a step and those before it, and take its results. Any thread may."""
+        if step.sampled is not None:  # without the lock, which another thread may have until a later step is done
+            return
         with self._taking:
             while step.sampled is None:
                 self._take()
@@ -339,6 +344,7 @@ class StepSession:
             step.logits = read_rows(self.device, step.logits_place, 0, step.results)
         step.sampled = self.arrays.sampled[step.row, : step.results].copy()
         self._under_way.popleft()
+        self._taken += 1
         if self._trace is not None:
             self._trace.took(step, began, done)
 

@@ -1,6 +1,7 @@
 """Logits of a step, handed out without a copy: they stay where the step wrote them until a later step needs the place."""
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,8 @@ import numpy as np
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.native import NativeDevice
 
+MOST_KEPT = 128  # copies of a place's rows that a device has memory for; callers that keep more of them have the rest on the host
+
 
 class Row(Protocol):
     """One row of logits, float32 [vocab], wherever it lies."""
@@ -20,6 +23,9 @@ class Row(Protocol):
 
     def copy(self) -> Row:
         """The same in a place of its own."""
+
+    def on_host(self) -> Row:
+        """The same in memory that outlives the device."""
 
 
 class HostRow:
@@ -36,29 +42,54 @@ class HostRow:
     def copy(self) -> HostRow:
         return HostRow(self._view.copy())
 
+    def on_host(self) -> HostRow:
+        return self
+
 
 class DeviceRow:
     """Of memory that the host does not see: a copy stays on the device, in the order of its queue, until somebody reads it."""
 
-    __slots__ = ("__weakref__", "_buffer", "_device", "_free")
+    __slots__ = ("__weakref__", "_buffer", "_copies", "_device")
 
-    def __init__(self, device: NativeDevice, buffer: Buffer, free: list[Buffer]):
-        """free: places for copies."""
-        self._device, self._buffer, self._free = device, buffer, free
+    def __init__(self, device: NativeDevice, buffer: Buffer, copies: CopyPlaces):
+        self._device, self._buffer, self._copies = device, buffer, copies
 
     def numpy(self) -> np.ndarray:
         return self._device.read(self._buffer, np.float32, self._buffer.shape)
 
-    def copy(self) -> DeviceRow:
-        try:
-            place = self._free.pop()
-        except IndexError:
-            owner = self._device.create_buffer(self._buffer.nbytes, shared=False)
-            place = replace(self._buffer, handle=owner.handle, offset=0)
+    def copy(self) -> Row:
+        place = self._copies.take(self._buffer)
+        if place is None:
+            return self.on_host()
         self._device.copy(self._buffer, place)
-        copied = DeviceRow(self._device, place, self._free)
-        weakref.finalize(copied, self._free.append, place).atexit = False
+        copied = DeviceRow(self._device, place, self._copies)
+        weakref.finalize(copied, self._copies.free.append, place).atexit = False
         return copied
+
+    def on_host(self) -> HostRow:
+        return HostRow(self.numpy())
+
+
+class CopyPlaces:
+    """Memory of a device for copies of rows of one size, MOST_KEPT of them: a cache and its plans need the rest. free: that nobody has."""
+
+    def __init__(self, device: NativeDevice):
+        self._device, self._left = device, MOST_KEPT
+        self.free: list[Buffer] = []
+
+    def take(self, row: Buffer) -> Buffer | None:
+        """A place as large as `row`; None where there is none."""
+        with contextlib.suppress(IndexError):
+            return self.free.pop()
+        if not self._left:
+            return None
+        try:
+            owner = self._device.create_buffer(row.nbytes, shared=False)
+        except MemoryError:
+            self._left = 0
+            return None
+        self._left -= 1
+        return replace(row, handle=owner.handle, offset=0)
 
 
 class Logits:
@@ -85,6 +116,11 @@ class Logits:
         self._row = self._row.copy()
         self._lent = False
 
+    def outlive_device(self) -> None:
+        """The device is about to be closed."""
+        self._row = self._row.on_host()
+        self._lent = False
+
 
 class LogitsRing:
     """The places that a plan's steps write logits to in turn. With two, a caller that drops each response before it asks for the one
@@ -97,6 +133,7 @@ class LogitsRing:
         self._rows = rows
         self.current = 0
         self._lent: list[list[weakref.ref[Logits]]] = [[] if lent is None else lent for _ in rows]
+        self._handed_out: weakref.WeakSet[Logits] = weakref.WeakSet()
 
     def advance(self) -> int:
         """Move on to the next place, saving what is still held there; returns its number."""
@@ -115,13 +152,20 @@ class LogitsRing:
         place = self.current if place is None else place
         logits = Logits(self._rows[place][row], lent=True)
         self._lent[place].append(weakref.ref(logits))
+        self._handed_out.add(logits)
         return logits
+
+    def close(self) -> None:
+        """What callers hold stays what it is when the device is closed; of a device that has failed, there is nothing left to hold."""
+        with contextlib.suppress(RuntimeError, MemoryError):
+            for logits in list(self._handed_out):
+                logits.outlive_device()
 
 
 def rows_of(device: NativeDevice, place: Buffer, count: int, vocab_size: int) -> list[Row]:
     """The rows of logits at `place`, float32 [count, vocab_size]."""
     if device.unified:
         return [HostRow(row) for row in device.numpy(place, np.float32, (count, vocab_size))]
-    free: list[Buffer] = []
+    copies = CopyPlaces(device)
     size = 4 * vocab_size
-    return [DeviceRow(device, Buffer(place.handle, place.offset + i * size, (vocab_size,), "float32"), free) for i in range(count)]
+    return [DeviceRow(device, Buffer(place.handle, place.offset + i * size, (vocab_size,), "float32"), copies) for i in range(count)]

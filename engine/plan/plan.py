@@ -183,6 +183,8 @@ class Plan:
 
     def close(self) -> None:
         made = self.__dict__
+        if "_ring" in made:
+            self._ring.close()
         for native in [*made.get("_native", ()), *self._of_stages.values(), *filter(None, map(made.get, ("sampler", "again")))]:
             native.close()
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from random import Random
 
@@ -59,7 +60,8 @@ class Driver:
     """session: nobody else's. num_blocks: of its cache, numbered over all groups. random: makes every choice.
 
     lag: steps that may be under way before the oldest is looked at. rows: the most of a piece. whole_prompts: prompts are not divided.
-    preempts: now and then a sequence loses its slot and its blocks and begins again.
+    preempts: now and then a sequence loses its slot and its blocks and begins again. taker: a thread that asks for a step's results as soon
+    as it is sampled, as vLLM's executor has one.
     """
 
     def __init__(
@@ -72,8 +74,9 @@ class Driver:
         rows: int = 64,
         whole_prompts: bool = False,
         preempts: bool = False,
+        taker: Executor | None = None,
     ):
-        self.session, self.random = session, random
+        self.session, self.random, self.taker = session, random, taker
         self.lag, self.rows, self.whole_prompts, self.preempts = lag, rows, whole_prompts, preempts
         self.slots = session.arrays.sizes.seqs
         self.groups = session.arrays.sizes.groups
@@ -185,6 +188,8 @@ class Driver:
             if piece.samples and piece.running.request.grammar is not None:
                 piece.running.request.grammar.fill_bitmask(self.session.mask(piece.running.slot))
         self.session.sample(step)
+        if self.taker is not None:
+            self.taker.submit(self.session.collect, step)
         for piece in pack:
             if piece.samples:
                 piece.running.tokens.append(UNKNOWN)

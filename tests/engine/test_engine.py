@@ -4,6 +4,7 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -133,6 +134,23 @@ def test_a_generator_that_is_dropped_gives_its_blocks_back(model, directory):
     assert model.engine.stats().running == 5
     del generator, generators
     check(model)
+
+
+@pytest.mark.parametrize("count", [1, 7])
+@pytest.mark.parametrize("kind", ["picked", "kept", "several"])
+def test_the_latest_step_keeps_nothing_of_a_request_that_is_gone(model, kind, count):
+    """Neither the request, nor the prompt cache that it had: its blocks are free though no other step follows."""
+    fields = {"picked": {"hand_out_logits": True}, "kept": {"keep_logits": True}, "several": {"decode_steps": 4}}[kind]
+    request = Request(TEXT[:20], max_tokens=20, prompt_cache=make_prompt_cache(model), **fields)
+    stream = model.engine.submit(request, pick if kind == "picked" else None)
+    for _ in range(count):
+        next(stream)
+    running = weakref.ref(stream.running.request)
+    stream.close()
+    assert model.engine.stats().free_blocks < model.engine.stats().total_blocks
+    del stream, request
+    check(model)
+    assert running() is None
 
 
 def test_garbage_that_is_collected_in_a_step_is_taken_in_after_it(model, monkeypatch):

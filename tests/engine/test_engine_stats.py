@@ -63,6 +63,19 @@ def test_counts_and_sizes_are_those_of_what_ran(model):
     assert found.decode_tok_s > 0 and found.prompt_tok_s > 0
 
 
+@pytest.mark.parametrize("length", [1, 16, 17, 18])
+def test_a_prompt_counts_in_full_where_one_row_of_it_is_left(model, length):
+    """Which a step takes for a decode: what is behind cached blocks, and behind the last whole chunk."""
+    engine = model.engine
+    for rows_at_once in (None, 16, None):
+        before = engine.stats()
+        rows(engine.submit(Request(TEXT[90 : 90 + length], max_tokens=2, prefill_rows=rows_at_once)))
+        after = engine.stats()
+        found = after.cached_tokens - before.cached_tokens
+        assert after.prompt_tokens - before.prompt_tokens + found == length
+        assert after.generated_tokens - before.generated_tokens == 2
+
+
 def test_failures_are_counted(model, monkeypatch):
     engine = model.engine
     before = engine.stats()

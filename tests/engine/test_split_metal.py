@@ -111,11 +111,15 @@ def test_a_steady_decode_sends_next_to_nothing(pair):
     assert device.reads == reads
 
 
-@pytest.mark.parametrize("tokens", [40, 60])
-def test_a_run_is_queued_before_the_results_of_the_one_before_it(invariant, monkeypatch, tokens):
-    """And what it gives is what would have come anyway, whoever stops, is cancelled or comes in between."""
+@pytest.mark.parametrize(("tokens", "early"), [(40, False), (60, True)])
+def test_a_run_is_queued_before_the_results_of_the_one_before_it(invariant, monkeypatch, tokens, early):
+    """And what it gives is what would have come anyway, whoever stops, is cancelled or comes in between. early: the device is done with it
+    before anybody looks at those results."""
     expected, split = invariant
     made = []
+    if early:
+        later = SplitDevice._later
+        monkeypatch.setattr(SplitDevice, "_later", lambda device, *work, **run: (later(device, *work, **run), device.finish())[0])
     ahead = Scheduler.ahead
     monkeypatch.setattr(Scheduler, "ahead", lambda *args: made.append(ahead(*args)) or made[-1])
     alike = [

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import queue
+import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
@@ -53,11 +55,14 @@ def expected(pair):
 
 
 @settings(max_examples=25)
-@given(seed=SEEDS, lag=st.integers(0, 6), rows=st.sampled_from([1, 3, 8, 64]), preempts=st.booleans())
-@example(seed=1, lag=6, rows=3, preempts=False)
-@example(seed=2, lag=3, rows=8, preempts=True)
-def test_any_interleaving_gives_what_the_engine_gives(pair, expected, seed, lag, rows, preempts):
-    assert outputs(Driver(pair[1], BLOCKS, Random(seed), lag=lag, rows=rows, preempts=preempts), WANTED) == expected
+@given(seed=SEEDS, lag=st.integers(0, 6), rows=st.sampled_from([1, 3, 8, 64]), preempts=st.booleans(), taken=st.booleans())
+@example(seed=1, lag=6, rows=3, preempts=False, taken=False)
+@example(seed=2, lag=3, rows=8, preempts=True, taken=True)
+def test_any_interleaving_gives_what_the_engine_gives(pair, expected, seed, lag, rows, preempts, taken):
+    with ThreadPoolExecutor(1) as other:
+        taker = other if taken else None
+        driver = Driver(pair[1], BLOCKS, Random(seed), lag=lag, rows=rows, preempts=preempts, taker=taker)
+        assert outputs(driver, WANTED) == expected
 
 
 def test_a_prompt_in_more_pieces_than_stages_and_tokens_fed_before_they_are_known(pair):
@@ -127,6 +132,71 @@ def test_another_thread_may_wait_for_steps(pair):
     session.release(slot)
     want = [output.token for output in engine.submit(Request(prompt, SamplingParams(seed=9, temperature=1.0), count))]
     assert got == [(token, (1, 32)) for token in want]
+
+
+class Slow:
+    """A plan of a device that takes its time: a wait for it ends when `end` is set."""
+
+    def __init__(self, plan):
+        self.run, self._wait = plan.run, plan.wait
+        self.waited, self.end = threading.Event(), threading.Event()
+
+    def wait(self, ticket):
+        self.waited.set()
+        self.end.wait(10)
+        self._wait(ticket)
+
+
+@pytest.mark.parametrize("split", [False, True])
+def test_a_step_begins_while_another_thread_waits_for_the_one_before(pair, split):
+    """As vLLM's executor has it: a thread of its own asks for a step's results as soon as it is sampled. Begun anew, and by the device."""
+    _, session = pair
+    slots = [session.acquire() for _ in range(2)]
+    for at, slot in enumerate(slots, 1):
+        session.fill(slot, SamplingParams(), [5], 1, frozenset())
+        for group in range(session.arrays.sizes.groups):
+            session.set_blocks(slot, group, 0, [at])
+    if session._count % session.arrays.sizes.steps == 0:
+        session.sample(session.begin([Span(slots[1], 0, [5], known=1)]))  # the first row of results is always begun anew
+    first = session.begin([Span(slots[0], 0, [5], known=1)])
+    slow = first.rest = Slow(first.rest)
+    session.sample(first)
+    session.release(slots[1])
+    with ThreadPoolExecutor(1) as other:
+        taken = other.submit(session.collect, first)
+        assert slow.waited.wait(60)
+        second = session.begin([Span(slots[0], 1, [-1], Place(first, 0), known=2)], split=split)
+        session.sample(second)
+        again = session.acquire()
+        assert first.sampled is None
+        slow.end.set()
+        taken.result()
+    session.settle()
+    for slot in (again, slots[0]):
+        session.release(slot)
+
+
+def test_logits_of_a_step_go_with_it(pair):
+    """A slot that its sequence has left remembers none of them."""
+    _, session = pair
+    slots = [session.acquire() for _ in range(SEQS)]
+    for at, slot in enumerate(slots, 1):
+        session.fill(slot, SamplingParams(), [5], 1, frozenset())
+        for group in range(session.arrays.sizes.groups):
+            session.set_blocks(slot, group, 0, [at])
+    kept = []
+    for slot in slots:
+        step = session.begin([Span(slot, 0, [5], known=1)], keep_logits=True)
+        session.sample(step)
+        kept.append(weakref.ref(step.logits))
+        session.release(slot)
+    del step
+    other = session.acquire()
+    for _ in range(STAGES):
+        session.sample(session.begin([Span(other, 0, [5], known=1)]))
+    session.settle()
+    session.release(other)
+    assert all(reference() is None for reference in kept)
 
 
 def test_masks_written_between_the_halves_are_the_grammars(pair):

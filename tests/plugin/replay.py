@@ -5,7 +5,8 @@
 
 A recording is what the scheduler hands to the worker in each step: it depends on the number of requests, their lengths and the blocks that
 it has, and on no model. So one that is made with a tiny model on a CPU is right for a large one on a GPU. `run` gives the requests fresh
-tokens and asks for each step's results as vLLM does, when the next step has been begun. Time that vLLM's own processes take is not in it.
+tokens and asks for each step's results as vLLM does: in a thread of its own, and goes on with the next step meanwhile. Time that vLLM's own
+processes take is not in it.
 Without vLLM its result classes are stand-ins with the same fields.
 """
 
@@ -19,6 +20,7 @@ import os
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -202,16 +204,18 @@ def run(recorded: dict[int, list[dict[str, Any]]], source: str, device: str | No
 
 
 def replay(runner: Any, outputs: list[Any]) -> int:
-    """Run the steps; each one's results are asked for when the next has been begun. Returns the tokens that were sampled."""
+    """Run the steps, each while another thread waits for the one before. Returns the tokens that were sampled."""
     tokens, under_way = 0, None
-    for output in outputs:
-        runner.execute_model(output)
-        begun = runner.sample_tokens(None)
+    with ThreadPoolExecutor(1) as other:
+        for output in outputs:
+            runner.execute_model(output)
+            step = runner.sample_tokens(None)
+            begun = None if step is None else other.submit(step.get_output)
+            if under_way is not None:
+                tokens += sum(map(len, under_way.result().sampled_token_ids))
+            under_way = begun
         if under_way is not None:
-            tokens += sum(map(len, under_way.get_output().sampled_token_ids))
-        under_way = begun
-    if under_way is not None:
-        tokens += sum(map(len, under_way.get_output().sampled_token_ids))
+            tokens += sum(map(len, under_way.result().sampled_token_ids))
     runner.execute_model(output_of({"new": [], "cached": {"req_ids": [], "blocks": [], "computed": []}, "scheduled": {}, "finished":
                                     [req_id for output in outputs for req_id in output.num_scheduled_tokens]}, {}))  # fmt: skip
     return tokens

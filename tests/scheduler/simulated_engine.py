@@ -52,7 +52,8 @@ class SimulatedEngine:
         self.last_first_admitted = -1
         self.seen: set[Sequence] = set()
         self.steps = 0
-        self.ahead: tuple[Schedule, dict[Sequence, list[int]]] | None = None  # that the device runs already, and what it will have given
+        # What the device runs already, what it will have given, and each sequence's tokens behind that.
+        self.ahead: tuple[Schedule, dict[Sequence, list[int]], dict[Sequence, list[int]]] | None = None
 
     # ---- requests -------------------------------------------------------------------------------------------------------
     def add(self, tokens, new_tokens, *, root=0, parks=False, source=None, **options):
@@ -125,10 +126,11 @@ class SimulatedEngine:
         """One turn. `act` is called between its stages and may raise."""
         ahead, self.ahead = self.ahead, None
         if ahead is not None:
-            schedule, sampled = ahead
-            schedule.entries = [entry for entry in schedule.entries if entry.sequence in self.live]
-            if schedule.entries:
+            schedule, sampled, fed = ahead
+            if any(entry.sequence in self.live for entry in schedule.entries):
                 self.steps += 1
+                self.go_ahead(schedule, act, fed)
+                schedule.entries = [entry for entry in schedule.entries if entry.sequence in self.live]
                 self.finish(schedule, sampled, act)
                 return schedule
         waiting = [s for s in self.scheduler.waiting if not s.lost]
@@ -148,12 +150,16 @@ class SimulatedEngine:
                 self.cells[group, target, i] = self.cells.get((group, source, i))
         fed = {entry.sequence: list(entry.sequence.tokens) for entry in schedule.entries}
         sampled = self.run(schedule, act, fed)
-        if self.scheduler.goes_ahead and not any(entry.sequence.request.parks for entry in schedule.entries):
-            following = self.scheduler.ahead(schedule)
-            if following is not None:  # the device is done with it before anybody looks at what the first one gave
-                self.ahead = following, self.run(following, act, fed)
+        self.go_ahead(schedule, act, fed)
         self.finish(schedule, sampled, act)
         return schedule
+
+    def go_ahead(self, schedule, act, fed):
+        """Run what follows a schedule that nobody has looked at yet: the device is done with it before anybody does."""
+        if self.scheduler.goes_ahead and not any(entry.sequence.request.parks for entry in schedule.entries):
+            following = self.scheduler.ahead(schedule)
+            if following is not None:
+                self.ahead = following, self.run(following, act, fed), fed
 
     def finish(self, schedule, sampled, act):
         """The results of a run."""
