@@ -40,7 +40,10 @@ class Turn:
 
         Raises: RuntimeError from inside of a turn: by a grammar's function, for one.
         """
-        return None if self._visitors else self._take(body)
+        if self._visitors:
+            self._refuse_inside()
+            return None
+        return self._take(body)
 
     def visit(self, body: Callable[[], Result]) -> Result:
         """`body()` in a turn, whatever the others do: waits for the turn in progress only. Raises: as `run`."""
@@ -77,9 +80,8 @@ class Turn:
 
     # ---- inner workings -------------------------------------------------------------------------------------------------------
     def _take(self, body: Callable[[], Result]) -> Result | None:
+        self._refuse_inside()
         me, holder = threading.get_ident(), self._holder
-        if self._thread() == me and _runs(sys._getframe(1), Turn._take.__code__):
-            raise RuntimeError("the engine was called from inside of its own step, by a grammar's function; call it from outside")
         try:
             try:
                 turn = (me, object())
@@ -89,6 +91,11 @@ class Turn:
         finally:
             if self._thread() == me:  # an interrupt cut the first one short
                 self._leave(me)
+
+    def _refuse_inside(self) -> None:
+        """For `run` and `_take`: whoever is in a turn would wait for itself."""
+        if self._thread() == threading.get_ident() and _runs(sys._getframe(2), Turn._take.__code__):
+            raise RuntimeError("the engine was called from inside of its own step, by a grammar's function; call it from outside")
 
     def _leave(self, me: int) -> None:
         if self._thread() == me:

@@ -52,6 +52,24 @@ def test_a_turn_inside_of_a_turn_is_refused(enter):
     assert Turn.visit(Turn(), lambda: enter(turn, lambda: True))  # another engine's
 
 
+@pytest.mark.parametrize("enter", [Turn.run, Turn.visit])
+def test_it_is_refused_while_somebody_waits_for_the_turn_too(enter):
+    turn, visited = Turn(), []
+    visitor = threading.Thread(target=lambda: turn.visit(lambda: visited.append(1) or True))
+
+    def body():
+        visitor.start()
+        while not turn.awaited:
+            pass
+        with pytest.raises(RuntimeError, match="called from inside of its own step"):
+            enter(turn, lambda: True)
+        return True
+
+    assert turn.run(body)
+    visitor.join()
+    assert visited == [1]
+
+
 def test_a_result_and_an_error_come_through():
     turn = Turn()
     assert turn.visit(lambda: None) is None and turn.run(lambda: 5) == 5
