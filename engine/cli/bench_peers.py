@@ -150,6 +150,18 @@ def load_options(args: argparse.Namespace) -> dict[str, Any]:
     return {"arithmetic": args.arithmetic, "device": args.device, "batch_invariant": args.batch_invariant, **given}
 
 
+def shared(args: argparse.Namespace) -> dict[str, Any]:
+    """What both benchmarks are given."""
+    return dict(
+        also=args.also,
+        seconds=args.seconds,
+        options=load_options(args),
+        peers_path=args.peers_python,
+        progress=live(args, progress),
+        said=live(args),
+    )
+
+
 def check_also(names: list[str], known: tuple[str, ...], hint: str) -> None:
     """Raises: CommandError for a word in --also that means nothing."""
     from metalstep.bench.rounds import variant_options
@@ -212,12 +224,7 @@ def decode(argv: list[str]) -> int:
             threads=threads,
             decode_steps=args.decode_steps,
             call=call,
-            also=args.also,
-            seconds=args.seconds,
-            options=load_options(args),
-            peers_path=args.peers_python,
-            progress=live(args, progress),
-            said=live(args),
+            **shared(args),
         )
     output.finish({**result, **chosen}, describe_decode)
     return 0
@@ -239,12 +246,7 @@ def prefill(argv: list[str]) -> int:
             pairs=args.pairs,
             lengths=args.tokens,
             threads=threads,
-            also=args.also,
-            seconds=args.seconds,
-            options=load_options(args),
-            peers_path=args.peers_python,
-            progress=live(args, progress),
-            said=live(args),
+            **shared(args),
         )
     output.finish({**result, **chosen}, describe_prefill)
     return 0

@@ -81,7 +81,7 @@ class Target(Protocol):
         planes: int,
         scratch: Scratch,
     ) -> list[Launch]:
-        """planes: more than 1 only as Fusion.planes asks for it; the segments then store their products, float32 [planes, max_rows, n]."""
+        """planes: more than 1 only as Fusion.linears asks for it; the segments then store their products, float32 [planes, max_rows, n]."""
 
     def attention(self, shape: PlanShape, inside: Any, scratch: Scratch, *args: Any, **options: Any) -> list[Launch]: ...
 

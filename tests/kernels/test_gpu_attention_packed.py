@@ -45,6 +45,18 @@ INSTANCES = [pytest.param(*case, id=str(case)) for case in COVERING] + [
 FEW = [("turbo4", "turbo2"), ("turbo3", "turbo4w"), ("affine8", "turbo3"), ("float16", "turbo4"), ("turbo2w", "affine8")]
 PAIRS = st.sampled_from(FEW)
 WINDOWS = st.tuples(st.sampled_from([1, 2, 6, 17, 64, 150]), st.sampled_from([0, 1, 4, 16, 33, 140])) | st.just((0, 0))
+LAYERS = dict(  # what attention does inside of itself, over sequences and windows of all sorts
+    norms=st.tuples(*[st.sampled_from([None, "plain", "weight"])] * 2),
+    dims=st.sampled_from([0, 30, 64]),
+    traditional=st.booleans(),
+    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=4),
+    splits=st.sampled_from([1, 3]),
+    window=st.sampled_from([0, 0, 1, 20]),
+    own=st.sampled_from([(0, 0), (0, 0), (6, 2), (60, 33)]),
+    softcap=st.sampled_from([0.0, 0.7]),
+    sinks=st.booleans(),
+    seed=st.integers(0, 1000),
+)
 
 
 @pytest.fixture(scope="module")
@@ -350,17 +362,8 @@ def test_ragged_sequences_agree_with_the_references_inside(h, k_name, v_name, he
 
 @given(
     pair=PAIRS,
-    norms=st.tuples(*[st.sampled_from([None, "plain", "weight"])] * 2),
-    dims=st.sampled_from([0, 30, 64]),
-    traditional=st.booleans(),
-    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=4),
-    splits=st.sampled_from([1, 3]),
-    window=st.sampled_from([0, 0, 1, 20]),
-    own=st.sampled_from([(0, 0), (0, 0), (6, 2), (60, 33)]),
-    softcap=st.sampled_from([0.0, 0.7]),
-    sinks=st.booleans(),
     block=st.sampled_from([8, 16, 64]),
-    seed=st.integers(0, 1000),
+    **LAYERS,
 )
 @settings(max_examples=40, deadline=None)
 def test_what_is_done_inside_agrees_with_the_references(

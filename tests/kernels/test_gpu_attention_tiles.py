@@ -10,7 +10,7 @@ from gpu_attention_layer import Layer
 from gpu_harness import GpuHarness
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_gpu_attention_packed import PackedLayer, codec, queries
+from test_gpu_attention_packed import LAYERS, WINDOWS, PackedLayer, codec, queries
 
 from metalstep.kernels import attention as plain
 from metalstep.kernels.gpu import attention, attention_geometry, attention_tiles
@@ -32,7 +32,6 @@ INSTANCES = [pytest.param(*case, id=str(case)) for case in COVERING] + [
     pytest.param(*case, marks=pytest.mark.all_instances, id=f"all-{case}") for case in ALL
 ]
 PAIRS = st.sampled_from([("float16", "float16"), ("turbo4", "turbo2"), ("affine8", "affine8"), ("turbo3", "float16")])
-WINDOWS = st.tuples(st.sampled_from([1, 2, 6, 17, 64, 150]), st.sampled_from([0, 1, 4, 16, 33, 140])) | st.just((0, 0))
 
 
 @pytest.fixture(scope="module")
@@ -114,17 +113,8 @@ def test_windows_caps_sinks_and_pieces_agree_with_the_reference(
 
 @given(
     pair=PAIRS,
-    norms=st.tuples(*[st.sampled_from([None, "plain", "weight"])] * 2),
-    dims=st.sampled_from([0, 30, 64]),
-    traditional=st.booleans(),
-    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=4),
-    splits=st.sampled_from([1, 3]),
-    window=st.sampled_from([0, 0, 1, 20]),
-    own=st.sampled_from([(0, 0), (0, 0), (6, 2), (60, 33)]),
-    softcap=st.sampled_from([0.0, 0.7]),
-    sinks=st.booleans(),
     block=st.sampled_from([16, 32]),
-    seed=st.integers(0, 1000),
+    **LAYERS,
 )
 @settings(max_examples=40, deadline=None)
 def test_what_is_done_inside_agrees_with_the_references(

@@ -8,6 +8,8 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include "fake_log.h"
+
 typedef struct { int type; uint64_t rows, columns; int64_t stride; } Layout;
 typedef struct { int compute, scale, transposed; } Description;
 typedef struct { uint64_t workspace; uint32_t alignment[4]; } Preference;
@@ -15,17 +17,6 @@ typedef struct { uint64_t algorithm[8]; size_t workspace; int status; float wave
 typedef struct { const uint16_t *a, *b; const float *c; float *d; float beta; Layout la, lb, lc, ld; } Product;
 
 static int live;
-static void note(const char *format, ...) {
-  const char *path = getenv("METALSTEP_FAKE_CUDA_LOG");
-  FILE *file = path ? fopen(path, "a") : NULL;
-  if (!file) return;
-  va_list arguments;
-  va_start(arguments, format);
-  vfprintf(file, format, arguments);
-  va_end(arguments);
-  fputc('\n', file);
-  fclose(file);
-}
 static int option(const char *name, int otherwise) {
   const char *all = getenv("METALSTEP_FAKE_CUDA"), *at = all ? strstr(all, name) : NULL;
   return at ? atoi(at + strlen(name)) : otherwise;

@@ -12,6 +12,8 @@
 #include <string.h>
 #include <time.h>
 
+#include "fake_log.h"
+
 enum { OK, INVALID_VALUE, OUT_OF_MEMORY, NO_DEVICE = 100, INVALID_IMAGE = 200, INVALID_CONTEXT = 201, NOT_FOUND = 500, NOT_READY = 600, ILLEGAL_ADDRESS = 700 };
 
 typedef struct { char name[64]; int count; size_t size[40]; } Kernel;
@@ -51,17 +53,6 @@ static long option(const char *name, long otherwise) {
   for (const char *at = all; at && *at; at = strchr(at, ' ') ? strchr(at, ' ') + 1 : NULL)
     if (strncmp(at, name, length) == 0 && at[length] == '=') return atol(at + length + 1);
   return otherwise;
-}
-static void note(const char *format, ...) {
-  const char *path = getenv("METALSTEP_FAKE_CUDA_LOG");
-  FILE *file = path ? fopen(path, "a") : NULL;
-  if (!file) return;
-  va_list arguments;
-  va_start(arguments, format);
-  vfprintf(file, format, arguments);
-  va_end(arguments);
-  fputc('\n', file);
-  fclose(file);
 }
 static long milliseconds(void) {
   struct timespec now;
