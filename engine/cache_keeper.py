@@ -2,10 +2,10 @@
 from __future__ import annotations
 
 import contextlib
-import weakref
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -21,6 +21,7 @@ from metalstep.scheduler import BlockTables, KVBlocks, Sequence
 if TYPE_CHECKING:
     from metalstep.engine import Engine
     from metalstep.models.cache import PromptCache
+    from metalstep.watch import Watch
 
 Snapshot = list[dict[object, LayerBlocks]]  # per group, per layer: the blocks that KVBlocks.filled names
 MLX_DTYPES = {"float16": mx.float16, "bfloat16": mx.bfloat16, "float32": mx.float32}
@@ -41,7 +42,7 @@ class CacheKeeper:
         self._encoding = encoding
         self._engine, self._cache, self._blocks = engine, cache, blocks
         # By the tables' id, least recently used first.
-        self._held: OrderedDict[int, tuple[BlockTables, weakref.ref[PromptCache]]] = OrderedDict()
+        self._held: OrderedDict[int, tuple[BlockTables, Watch]] = OrderedDict()
         self._layers = layer_order(cache.planes)
         self.windows = [cache.groups[cache.planes[layer].group].window for layer in self._layers]  # per layer
 
@@ -183,17 +184,18 @@ class CacheKeeper:
             return cache.loaded
         return self._engine.exclusively(lambda: self._states(cache))
 
-    def drop(self, held: BlockTables) -> None:
-        """The cache is gone: take its blocks back."""
-        if self._held.pop(id(held), None) is not None:
-            self._blocks.release(held)
-
     # ---- inner workings -------------------------------------------------------------------------------------------------------
     def _register(self, cache: PromptCache) -> None:
         """It is the one used last. At no time it is none: what an interrupt finds unregistered loses its blocks."""
-        key = id(cache.held)
-        self._held[key] = (cache.held, weakref.ref(cache))
+        held = cache.held
+        key = id(held)
+        self._held[key] = (held, self._engine.watch(cache, partial(self._drop, held)))
         self._held.move_to_end(key)
+
+    def _drop(self, held: BlockTables) -> None:
+        """The cache is gone: take its blocks back."""
+        if self._held.pop(id(held), None) is not None:
+            self._blocks.release(held)
 
     def _hold(self, cache: PromptCache, sequence: Sequence) -> None:
         """The cache's contents are the sequence's now."""

@@ -26,12 +26,13 @@ from metalstep.engine_stats import Ends, EngineStats, KVUse, StepMeter, StepTime
 from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.native_model import MAX_RESULTS, MAX_SEQS, NativeModel
 from metalstep.request import Request
-from metalstep.running_request import Owner, RunningRequest
+from metalstep.running_request import RunningRequest
 from metalstep.scheduler import GroupSpec, KVBlocks, Schedule, Scheduler, State
 from metalstep.step_runner import StepRunner
 from metalstep.step_trace import StepTrace
 from metalstep.stream import Picker, Stream
 from metalstep.turn import Turn
+from metalstep.watch import Watch
 
 IDLE_SECONDS = 0.05  # between two looks of a thread that waits for what another thread has to do first
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
@@ -64,7 +65,7 @@ class Engine:
         self._runner = StepRunner(native)
         self._turn = Turn()
         self._inbox: deque[Callable[[], None]] = deque()  # what callers ask for
-        self._dropped: deque[Owner] = deque()  # of requests whose stream nobody has any more
+        self._dropped: deque[Watch] = deque()  # of streams and prompt caches that nobody has any more
         self._active: dict[int, RunningRequest] = {}
         self._parked: list[RunningRequest] = []  # of them, those that wait for their callers
         self._dirty = False  # a turn was begun and has not come to its end
@@ -129,7 +130,7 @@ class Engine:
         if self._trace is not None:
             self._trace.queued(running)
         stream = Stream(self, running, pick, progress)
-        running.owner = Owner(stream, running, self._dropped.append)
+        running.owner = self.watch(stream, partial(self._give_up, running))
         try:
             if cache is not None:
                 cache.in_use = True
@@ -154,9 +155,9 @@ class Engine:
         if not running.released:
             self._inbox.append(partial(self._release_cache, running))
 
-    def later(self, message: Callable[[], None]) -> None:
-        """Run `message` before the next step. From any thread, from inside of a step too; it may run twice if it is interrupted."""
-        self._inbox.append(message)
+    def watch(self, watched: object, message: Callable[[], None]) -> Watch:
+        """Once nobody has `watched`, run `message` before the next step; twice if it is interrupted. Only as long as the watch is kept."""
+        return Watch(watched, message, self._dropped.append)
 
     def settle(self) -> None:
         """Take in what callers have asked for; waits for the step in progress. From inside of a turn, everything is."""
@@ -370,7 +371,7 @@ class Engine:
                 inbox[0]()
                 inbox.popleft()
             else:
-                self._give_up(dropped[0].running)
+                dropped[0].left()
                 dropped.popleft()
         if self._parked:
             self._unpark()

@@ -2,35 +2,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
-from weakref import ref
 
 import numpy as np
 
 from metalstep.models.cache import PromptCache
 from metalstep.request import PromptLogprob, Request, TokenOutput
 from metalstep.scheduler import Sequence
+from metalstep.watch import Watch
 
 if TYPE_CHECKING:
     from metalstep.step_trace import RequestTimes
-    from metalstep.stream import Stream
 
 _NUMBERS = itertools.count(1)
 KEPT_LOGITS = 2  # rows of logits that wait for a caller before its request does
-
-
-class Owner(ref[Any]):
-    """The stream of a request, weakly: the callback is told when nobody has it any more."""
-
-    __slots__ = ("running",)
-    running: RunningRequest
-
-    def __new__(cls, stream: Stream, running: RunningRequest, dropped: Callable[[Owner], Any]) -> Owner:
-        return super().__new__(cls, stream, dropped)
-
-    def __init__(self, stream: Stream, running: RunningRequest, dropped: Callable[[Owner], Any]) -> None:
-        self.running = running
 
 
 class RunningRequest:
@@ -92,7 +77,7 @@ class RunningRequest:
         self.released = self.cache is None  # its prompt cache is free for the next request
         self.cached_tokens = -1  # of the prompt, found in the prefix cache; -1: it has not begun
         self.record: Any = None  # its SAMPLING record
-        self.owner: Owner | None = None  # None: the stream has nothing to wait for any more
+        self.owner: Watch | None = None  # of its stream; None: that has nothing to wait for any more
 
     @property
     def has_news(self) -> bool:

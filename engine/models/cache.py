@@ -58,7 +58,6 @@ class PromptCache(list[Any]):
         self.encoding = ""  # of `loaded`, see CacheKeeper
         self.engine: Engine | None = None
         self.in_use = False  # a request has it whose caller has not taken or given up everything
-        self._finalizer: Any = None
 
     def _set_windows(self, windows: list[int | None]) -> None:
         self.windows = windows
@@ -94,8 +93,6 @@ class PromptCache(list[Any]):
             if self.windows != engine.caches.windows:  # mlx-lm's file may have a plain cache for a layer that sees a window
                 self._set_windows(engine.caches.windows)
             self.engine = engine
-            self._finalizer = weakref.finalize(self, _drop, weakref.ref(engine), self.held)
-            self._finalizer.atexit = False
         elif self.engine is not engine:
             raise ValueError("the prompt cache belongs to another model; make one with make_prompt_cache(model)")
 
@@ -231,13 +228,6 @@ class RotatingKVCache(KVCache):
 def _check_count(count: object) -> None:
     if isinstance(count, bool) or not isinstance(count, int) or count < 0:
         raise ValueError(f"the number of tokens to trim is {count!r}, expected an integer from 0")
-
-
-def _drop(engine: weakref.ref[Engine], held: BlockTables) -> None:
-    """Called when a cache is collected, in any thread and place: the engine takes the blocks back before its next step."""
-    found = engine()
-    if found is not None:
-        found.later(lambda: found.caches.drop(held))
 
 
 def _states(cache: PromptCache) -> list[tuple[Any, ...]]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.native import NativeDevice
+from metalstep.watch import Watches
 
 MOST_KEPT = 128  # copies of a place's rows that a device has memory for; callers that keep more of them have the rest on the host
 
@@ -62,25 +63,23 @@ class DeviceRow:
         if place is None:
             return self.on_host()
         self._device.copy(self._buffer, place)
-        copied = DeviceRow(self._device, place, self._copies)
-        weakref.finalize(copied, self._copies.free.append, place).atexit = False
-        return copied
+        return self._copies.lend(DeviceRow(self._device, place, self._copies), place)
 
     def on_host(self) -> HostRow:
         return HostRow(self.numpy())
 
 
 class CopyPlaces:
-    """Memory of a device for copies of rows of one size, MOST_KEPT of them: a cache and its plans need the rest. free: that nobody has."""
+    """Memory of a device for copies of rows of one size, MOST_KEPT of them: a cache and its plans need the rest."""
 
     def __init__(self, device: NativeDevice):
         self._device, self._left = device, MOST_KEPT
-        self.free: list[Buffer] = []
+        self._lent = Watches()  # copies, which leave their places
 
     def take(self, row: Buffer) -> Buffer | None:
         """A place as large as `row`; None where there is none."""
-        with contextlib.suppress(IndexError):
-            return self.free.pop()
+        if (watch := self._lent.take()) is not None:
+            return watch.left
         if not self._left:
             return None
         try:
@@ -90,6 +89,11 @@ class CopyPlaces:
             return None
         self._left -= 1
         return replace(row, handle=owner.handle, offset=0)
+
+    def lend(self, copied: DeviceRow, place: Buffer) -> DeviceRow:
+        """`copied`, whose place is the next one's once nobody has it."""
+        self._lent.add(copied, place)
+        return copied
 
 
 class Logits:
@@ -133,7 +137,7 @@ class LogitsRing:
         self._rows = rows
         self.current = 0
         self._lent: list[list[weakref.ref[Logits]]] = [[] if lent is None else lent for _ in rows]
-        self._handed_out: weakref.WeakSet[Logits] = weakref.WeakSet()
+        self._handed_out = Watches()
 
     def advance(self) -> int:
         """Move on to the next place, saving what is still held there; returns its number."""
@@ -152,13 +156,15 @@ class LogitsRing:
         place = self.current if place is None else place
         logits = Logits(self._rows[place][row], lent=True)
         self._lent[place].append(weakref.ref(logits))
+        while self._handed_out.take():
+            pass
         self._handed_out.add(logits)
         return logits
 
     def close(self) -> None:
         """What callers hold stays what it is when the device is closed; of a device that has failed, there is nothing left to hold."""
         with contextlib.suppress(RuntimeError, MemoryError):
-            for logits in list(self._handed_out):
+            for logits in self._handed_out.objects():
                 logits.outlive_device()
 
 

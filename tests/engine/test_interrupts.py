@@ -14,7 +14,7 @@ import pytest
 from engines import TEXT, check, kinds, load, row, rows
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from interrupt_at import InterruptAt
+from interrupt_at import InterruptAt, drop_interrupted
 
 from metalstep import Request, SamplingParams
 from metalstep.grammar import ChoiceGrammar
@@ -128,6 +128,24 @@ def test_a_prompt_cache_goes_on_behind_an_interrupt(family, place, max_kv_size):
     held, answer = talk(InterruptAt([1 + int(place * counting.count)]))
     whole = Request(held + TEXT[3:23], SamplingParams(seed=5, temperature=0.9), COUNT // 2, max_kv_size=max_kv_size)
     assert answer == rows(engine.submit(whole))
+    check(model)
+
+
+@pytest.mark.parametrize("what", ["a stream with a prompt cache", "a prompt cache"])
+def test_an_interrupt_cannot_keep_what_is_collected(family, what):
+    """Python prints and forgets one that falls into a finalizer, so what is collected must be told of without one."""
+    model, _, _ = family
+    cache = make_prompt_cache(model)
+    stream = kinds(model, COUNT)[-2](model.engine, cache)
+    if what == "a prompt cache":
+        rows(stream)
+        stream = None
+        assert cache.offset
+    else:
+        next(stream)
+    dropped = [stream, cache]
+    del stream, cache
+    drop_interrupted(dropped)
     check(model)
 
 

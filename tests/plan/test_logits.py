@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupt_at import drop_interrupted
 from split_memory import SplitDevice
 
 from metalstep.kernels.launch import Buffer
@@ -72,19 +73,20 @@ def test_rows_of_a_device_outlive_its_steps_whether_it_has_memory_for_them_or_no
         patch.setattr(device, "create_buffer", create_buffer)
         patch.setattr(logits, "MOST_KEPT", most)
         place = Buffer(owner.handle, 0, (2, 5), "float32")
-        ring, kept = LogitsRing([rows_of(device, place, 2, 5)]), []
+        ring, kept, most_kept = LogitsRing([rows_of(device, place, 2, 5)]), [], 0
         for number, (keeps, dropped) in enumerate(steps):
             ring.advance()
             owner.write(np.repeat(np.array([number, -number], np.float32), 5))
             lent = [ring.lend(row) for row in (0, 1)]
             if keeps:
-                kept.append((number, lent))
+                kept.append((number, list(lent)))
+                most_kept = max(most_kept, 2 * len(kept))
             elif dropped < len(kept):
-                del kept[dropped]
+                drop_interrupted(kept.pop(dropped)[1])
             del lent
         ring.advance()
         for number, rows in kept:
             assert [set(row.numpy().tolist()) for row in rows] == [{number}, {-number}]
-        assert next(asked) <= min(room + 1, most)
+        assert next(asked) <= min(room + 1, most, most_kept)
         del kept, ring
         gc.collect()
