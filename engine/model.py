@@ -197,11 +197,11 @@ def load(
     check_scheme(scheme, device)
     tracing = trace.current()  # a file that cannot be written is refused before anything is loaded
     checkpoint = open_checkpoint(path_or_hf_repo, revision, quantize)
+    native: NativeModel | None = None
     try:
         checkpoint.config.update(model_config or {})
         skeleton = build_model(checkpoint)  # before the tokenizer: this checks the config
         tokenizer = checkpoint.tokenizer(tokenizer_config)  # before the weights: what it leaves free serves the rest of the load
-        native: NativeModel | None = None
         reason: str | None = "device='eager' was asked for"
         if target is not None:
             native, reason = _native(
@@ -215,7 +215,11 @@ def load(
         model = Model(checkpoint, skeleton, native, reason)
         return (model, tokenizer, model.config) if return_config else (model, tokenizer)
     except BaseException:
-        checkpoint.close()
+        try:
+            if native is not None:
+                native.close()
+        finally:
+            checkpoint.close()
         raise
 
 
@@ -251,14 +255,16 @@ def open_device(name: str, threads: int, target: Target) -> NativeDevice:
     if device_kind(name) == "host":
         return device
     from metalstep.plan.gpu_target import GpuTarget
-    from metalstep.tuning_files import use_tuning
+    from metalstep.tuning_files import tuning_of
 
+    if not isinstance(target, GpuTarget):
+        return device
     try:
-        use_tuning(device.info.name)
+        target.tuning = tuning_of(device.info.name, target.kind)
     except BaseException:
         device.close()
         raise
-    if isinstance(target, GpuTarget) and target.library:
+    if target.library:
         try:
             device.kernel("library_gemm")
         except ValueError as error:  # says what is missing; kernels of our own do the same, with long prompts more slowly

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from metalstep.kernels.gpu import linear_tuning
+from metalstep.kernels.gpu.linear_candidates import candidates
 from metalstep.kernels.gpu.linear_tuning import Entry, Tuning
 from metalstep.kernels.native import KernelError
 from metalstep.tune_model import Linear, TuneModel, TuneStep
@@ -60,15 +60,10 @@ class Point:
 class Tuner:
     """One sitting on one device. table: in use when it begins, and what it has become since. points: what was tuned."""
 
-    def __init__(self, kind: str, *, steps: int = 32, samples: int = SAMPLES, progress: Callable[[str], None] = lambda _: None):
+    def __init__(self, table: Tuning, *, steps: int = 32, samples: int = SAMPLES, progress: Callable[[str], None] = lambda _: None):
         """steps: of a timed call. progress: is told what is tried."""
-        self.kind, self.steps, self.samples, self._progress = kind, steps, samples, progress
-        self.table = linear_tuning.table(kind)
+        self.table, self.steps, self.samples, self._progress = table, steps, samples, progress
         self.points: list[Point] = []
-
-    def restart(self) -> None:
-        """Begin with the table that is in use now."""
-        self.table = linear_tuning.table(self.kind)
 
     def tune(self, model: TuneModel, shape: str, rows: int, seconds: float) -> Point:
         """Tune the step of the plan for `rows` rows for about so many seconds; its entries join the table if they make it faster.
@@ -93,14 +88,13 @@ class _Search:
         self.tried = self.wrong = 0
 
     def run(self) -> Point:
-        reference = self._step(self.table)
+        reference = self.model.step(self.rows, self.table)
         try:
             self.logits = reference.logits()
             best = self._time(reference)
-            with linear_tuning.using(self.table):
-                linears = self.model.linears(self.rows)
-                for linear in linears:  # an entry of its own, so that a change of one is no change of another
-                    self.table = with_entry(self.table, linear, self.rows, _bare(self._entry(linear)))
+            linears = self.model.linears(self.rows, self.table)
+            for linear in linears:  # an entry of its own, so that a change of one is no change of another
+                self.table = with_entry(self.table, linear, self.rows, self._entry(linear))
             for number, linear in enumerate(linears):
                 left = self.deadline - time.monotonic()
                 best = self._climb(linear, best, time.monotonic() + left / (len(linears) - number))
@@ -115,15 +109,14 @@ class _Search:
 
     def _climb(self, linear: Linear, best: float, deadline: float) -> float:
         """Change one linear until no geometry near its own is faster. Returns the step's time."""
-        with linear_tuning.using(self.table):
-            usable = linear_tuning.candidates(self.tuner.kind, linear.outputs, linear.k, self.rows, linear.bits)
-            start = _bare(self._entry(linear))
+        usable = candidates(self.table.kind, linear.outputs, linear.k, self.rows)
+        start = self._entry(linear)
         if not linear.has_planes:  # then the table's number of them says nothing
             start = replace(start, planes=1)
-        candidates = [_bare(entry) for entry in usable if linear.has_planes or entry.planes == 1]
+        tried = [entry for entry in usable if linear.has_planes or entry.planes == 1]
         begun, current, seen, reach = best, start, {start}, 1
         while reach <= REACH and time.monotonic() < deadline:
-            near = [entry for entry in candidates if entry not in seen and differences(entry, current) <= reach]
+            near = [entry for entry in tried if entry not in seen and differences(entry, current) <= reach]
             seen.update(near)
             faster = self._fastest(linear, near, best, deadline)
             if faster is None:
@@ -135,7 +128,9 @@ class _Search:
         return best
 
     def _entry(self, linear: Linear) -> Entry:
-        return linear_tuning.entry(self.tuner.kind, linear.outputs, linear.k, self.rows, linear.bits)
+        """The geometry that it has, without limits."""
+        entry = self.table.entry(linear.outputs, linear.k, self.rows, linear.bits)
+        return Entry(entry.shape, planes=entry.planes)
 
     def _fastest(self, linear: Linear, entries: Sequence[Entry], best: float, deadline: float) -> tuple[Entry, float, Tuning] | None:
         """The entry that makes the step the fastest, its time and its table; None where all are slower than `best`."""
@@ -165,14 +160,10 @@ class _Search:
         with ThreadPoolExecutor(COMPILERS) as pool:
             for table in tables:
                 try:
-                    steps.append(pool.submit(_compiled, self._step(table)))
+                    steps.append(pool.submit(_compiled, self.model.step(self.rows, table)))
                 except IMPOSSIBLE:
                     steps.append(None)
         return [None if step is None else step.result() for step in steps]
-
-    def _step(self, table: Tuning) -> TuneStep:
-        with linear_tuning.using(table):
-            return self.model.step(self.rows)
 
     def _time(self, step: TuneStep, enough: float = 0.0) -> float:
         """Seconds of a step, the best of some calls, as soon as that is clear: a first one far above `enough` is the last."""
@@ -191,7 +182,7 @@ class _Search:
 
     def _compare(self, reference: TuneStep) -> tuple[float, float, float]:
         """Medians in µs of the step with the table in use and with the new one, measured in turns, and their ratio."""
-        tuned = self._step(self.table)
+        tuned = self.model.step(self.rows, self.table)
         try:
             tuned.time(1)
             pairs = [(reference.time(self.tuner.steps), tuned.time(self.tuner.steps)) for _ in range(ROUNDS)]
@@ -253,11 +244,6 @@ def _compiled(step: TuneStep) -> TuneStep | None:
         return step
     except IMPOSSIBLE:
         return None
-
-
-def _bare(entry: Entry) -> Entry:
-    """Without limits."""
-    return Entry(entry.shape, planes=entry.planes)
 
 
 def _limits(entry: Entry) -> tuple[Any, ...]:

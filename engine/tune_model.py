@@ -10,7 +10,8 @@ import numpy as np
 
 from metalstep.bench.kernels import TINY, TINY_CONFIG
 from metalstep.capture import capture
-from metalstep.capture.passes import Fusion, Linears
+from metalstep.capture.passes import Linears
+from metalstep.kernels.gpu.linear_tuning import Tuning
 from metalstep.kernels.native import NativeDevice, NativePlan
 from metalstep.kv_plane import BLOCK_SIZE
 from metalstep.native_model import ANY_ROWS, NativeModel
@@ -19,6 +20,7 @@ from metalstep.plan.linear_compiler import MATMULS
 from metalstep.plan.lower import Lowered, lower
 from metalstep.plan.step_arrays import SAMPLING, StepBatch
 from metalstep.plan.step_memory import StepMemory
+from metalstep.plan.target import PlanShape
 from metalstep.shapes import ShapeCheckpoint, ShapeTensor
 
 LAYER_BYTES = 128 << 20  # of all layers' weights: twice what an H100's second-level cache holds; more would only make a search longer
@@ -115,11 +117,12 @@ class TuneModel:
 
     def plan_rows(self, rows: int) -> int:
         """Of the plan that runs steps of `rows` rows."""
-        return self._target.plan_shape(rows, decode=True, context=self.context).tokens
+        return self._shape(rows).tokens
 
-    def linears(self, rows: int) -> list[Linear]:
-        """The different linears of a step of `rows` rows with the tuning table that is in use, the largest first."""
-        fusion = self._fusion(rows)
+    def linears(self, rows: int, tuning: Tuning) -> list[Linear]:
+        """The different linears of a step of `rows` rows with a tuning table, the largest first."""
+        target = GpuTarget(self._target.kind, tuning=tuning)
+        fusion = target.fusion(self._shape(rows))
         found: dict[tuple[int, int, int, bool], list[int]] = {}
         names: dict[tuple[int, int, int, bool], str] = {}
         assert fusion.linears is not None
@@ -136,20 +139,20 @@ class TuneModel:
         linears = [Linear(names[key], *key[:3], sum(elements), key[3]) for key, elements in found.items()]
         return sorted(linears, key=lambda linear: -linear.weight_elements)
 
-    def step(self, rows: int) -> TuneStep:
-        """A step of `rows` rows with the tuning table that is in use, not compiled yet. Raises: CaptureError, NotImplementedError or
-        ValueError for a table with a geometry that a linear cannot have."""
-        shape = self._target.plan_shape(rows, decode=True, context=self.context)
-        native, graph = self._native, self._captured.graph(*ANY_ROWS, self._fusion(rows))
-        lowered = lower(graph, self._memory, native.weights, native.cache.planes, native.arrays, shape, self._target)
+    def step(self, rows: int, tuning: Tuning) -> TuneStep:
+        """A step of `rows` rows with a tuning table, not compiled yet. Raises: CaptureError, NotImplementedError or ValueError for a
+        table with a geometry that a linear cannot have."""
+        target, shape = GpuTarget(self._target.kind, tuning=tuning), self._shape(rows)
+        native, graph = self._native, self._captured.graph(*ANY_ROWS, target.fusion(shape))
+        lowered = lower(graph, self._memory, native.weights, native.cache.planes, native.arrays, shape, target)
         return TuneStep(self.device, native, lowered, rows, self.context)
 
     def close(self) -> None:
         """Give the device's memory back, and the device itself."""
         self._native.close()
 
-    def _fusion(self, rows: int) -> Fusion:
-        return self._target.fusion(self._target.plan_shape(rows, decode=True, context=self.context))
+    def _shape(self, rows: int) -> PlanShape:
+        return self._target.plan_shape(rows, decode=True, context=self.context)
 
 
 @dataclass(frozen=True)

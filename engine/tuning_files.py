@@ -6,7 +6,8 @@ import warnings
 from pathlib import Path
 
 from metalstep.cache_folder import cache_folder
-from metalstep.kernels.gpu import linear_tuning
+from metalstep.kernels.gpu import linear_tables
+from metalstep.kernels.gpu.linear_tuning import Tuning
 
 
 def tuning_file(device: str) -> Path:
@@ -14,21 +15,25 @@ def tuning_file(device: str) -> Path:
     return cache_folder() / "tuning" / ((re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") or "gpu") + ".json")
 
 
-def use_tuning(device: str) -> Path | None:
-    """From now on the table of the device's file, if there is one and METALSTEP_TUNING names no other. Returns the file.
+def tuning_of(device: str, kind: str) -> Tuning:
+    """The table for a device: METALSTEP_TUNING's, else that of the device's file, else the packaged one. kind: of GPU, as tables name it.
 
-    A file that is no table is ignored with a warning: it may be of another version. Raises: ValueError where METALSTEP_TUNING's is none:
-    who names a table wants no other.
+    A file that is no table for such a GPU is ignored with a warning: it may be of another version. Raises: ValueError where
+    METALSTEP_TUNING's is no table: who names one wants no other.
     """
-    if linear_tuning.check_named() is not None:
-        return None
     file = tuning_file(device)
-    try:
-        if not file.exists():
-            return None
-        linear_tuning.use(linear_tuning.read(file))
-    except (OSError, ValueError) as error:
-        told = str(error) if str(file) in str(error) else f"{file}: {error}"
-        warnings.warn(f"{told}; it is ignored: make it again with `metalstep tune`, or delete it", stacklevel=2)
-        return None
-    return file
+    if linear_tables.named() is None:
+        try:
+            if file.exists():
+                return _read(file, kind)
+        except (OSError, ValueError) as error:
+            told = str(error) if str(file) in str(error) else f"{file}: {error}"
+            warnings.warn(f"{told}; it is ignored: make it again with `metalstep tune`, or delete it", stacklevel=2)
+    return linear_tables.table(kind)
+
+
+def _read(file: Path, kind: str) -> Tuning:
+    tuning = linear_tables.read(file)
+    if tuning.kind != kind:
+        raise ValueError(f"it is a table for GPUs of kind {tuning.kind}, expected one for {kind}")
+    return tuning

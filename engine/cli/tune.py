@@ -65,18 +65,19 @@ def main(argv: list[str]) -> int:
     shapes = [name.strip() for name in args.shape.split(",") if name.strip()]
     if not shapes:
         raise CommandError("--shape names no shape", f"name one or more, as in --shape {SHAPE},qwen3-4b")
-    from metalstep.kernels.gpu import linear_tuning
+    from metalstep.kernels.gpu import linear_tables
     from metalstep.tune import Tuner
     from metalstep.tuning_files import tuning_file
 
-    tuner = Tuner(kind, progress=progress) if args.device != "metal-sim" else Tuner(kind, steps=1, samples=1, progress=progress)
+    effort = {"steps": 1, "samples": 1} if args.device == "metal-sim" else {}
+    tuner = Tuner(linear_tables.table(kind), progress=progress, **effort)
     name = search(tuner, args, shapes)
     progress("")
     file = Path(args.out) if args.out else tuning_file(name)
     try:
         if not args.out:
             file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(linear_tuning.dump(tuner.table), encoding="utf-8")
+        file.write_text(linear_tables.dump(tuner.table), encoding="utf-8")
     except OSError as error:
         raise CommandError(f"the table cannot be written ({error})", "name a file with --out") from None
     result = describe_result(tuner, name, file, bool(args.out))
@@ -99,7 +100,7 @@ def search(tuner: Tuner, args: argparse.Namespace, shapes: list[str]) -> str:
     """Tune every shape at every number of rows, each with its part of the time that is left. Returns the device's own name."""
     from metalstep.kernels.native import NativeDevice
     from metalstep.tune_model import RandomCheckpoint, TuneModel
-    from metalstep.tuning_files import use_tuning
+    from metalstep.tuning_files import tuning_of
 
     deadline = time.monotonic() + args.time_budget
     checkpoints = [RandomCheckpoint(name, bits=args.bits, group_size=args.group_size) for name in shapes]
@@ -108,11 +109,11 @@ def search(tuner: Tuner, args: argparse.Namespace, shapes: list[str]) -> str:
     for shape, checkpoint in zip(shapes, checkpoints, strict=True):
         device = NativeDevice.open(args.device)
         name = device.info.name
-        if not tuner.points and use_tuning(name):
-            tuner.restart()
+        if not tuner.points:
+            tuner.table = tuning_of(name, tuner.table.kind)
         progress(f"{shape}: random weights")
         try:
-            model = TuneModel(device, tuner.kind, checkpoint, rows=max(args.rows), context=args.context)
+            model = TuneModel(device, tuner.table.kind, checkpoint, rows=max(args.rows), context=args.context)
             try:
                 for rows in args.rows:
                     tuner.tune(model, shape, rows, max(1.0, (deadline - time.monotonic()) / left))
@@ -130,7 +131,7 @@ def describe_result(tuner: Tuner, device: str, file: Path, named: bool) -> dict[
     from metalstep.tune import report
 
     used = how_used(file, named, os.environ.get("METALSTEP_TUNING"))
-    return {"device": device, "kind": tuner.kind, "file": str(file), "use": used, "points": report(tuner.points)}
+    return {"device": device, "kind": tuner.table.kind, "file": str(file), "use": used, "points": report(tuner.points)}
 
 
 def how_used(file: Path, named: bool, in_use: str | None) -> str:

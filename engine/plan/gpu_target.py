@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -13,12 +13,13 @@ from metalstep.kernels.gpu import (
     attention,
     linear,
     linear_library,
-    linear_tuning,
     row_program,
     sample,
     step_advance,
     step_load,
 )
+from metalstep.kernels.gpu.linear_tables import table
+from metalstep.kernels.gpu.linear_tuning import Tuning
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import Input, Segment
 from metalstep.kernels.native import NativeDevice
@@ -54,25 +55,25 @@ KINDS = {
 
 @dataclass(frozen=True)
 class LinearFusion:
-    """What linears of plans for so many rows take in, as the tuning table in use has it. given: all of the table that decides it."""
+    """What linears of plans for so many rows take in, as a tuning table has it. given: all of the table that decides it."""
 
-    kind: str
+    tuning: Tuning = field(compare=False)
     rows: int
     invariant: bool
     given: tuple[Any, ...]
 
     def norm_fits(self, size: int) -> bool:
-        return self.rows <= linear_tuning.norm_rows(self.kind, size, invariant=self.invariant)
+        return self.rows <= self.tuning.most_normed(size, invariant=self.invariant)
 
     def planes(self, outputs: int, k: int, bits: int) -> int:
         if self.norm_fits(outputs):  # the norm behind it is no row program then
             return 1
-        return linear_tuning.planes(self.kind, outputs, k, self.rows, bits=bits, invariant=self.invariant)
+        return self.tuning.planes(outputs, k, self.rows, bits, invariant=self.invariant)
 
 
 class GpuTarget:
     """See Target. batch_invariant: a row's result is the same bits in any batch; without it, other kernels are used for more rows.
-    library: linears of many rows are NVIDIA's library's.
+    library: linears of many rows are NVIDIA's library's. tuning: of linears; of plans made from then on, it may be set to a device's own.
 
     Raises: ValueError for a kind that there is not.
     """
@@ -80,10 +81,11 @@ class GpuTarget:
     norm_inputs = True
     keys_by_token = True
 
-    def __init__(self, kind: str = "apple", *, batch_invariant: bool = False, library: bool | None = None):
+    def __init__(self, kind: str = "apple", *, batch_invariant: bool = False, library: bool | None = None, tuning: Tuning | None = None):
         if kind not in KINDS:
             raise ValueError(f"a GPU of kind {kind!r}; expected one of {', '.join(KINDS)}")
         self.kind = kind
+        self.tuning = tuning or table(kind)
         self.batch_invariant = batch_invariant
         self.library = kind == "nvidia" if library is None else library
         self.kv_memory = KINDS[kind].kv_memory
@@ -111,10 +113,10 @@ class GpuTarget:
         return list(dict.fromkeys(shapes))
 
     def fusion(self, shape: PlanShape) -> Fusion:
-        table = linear_tuning.table(self.kind)
-        entries = table.invariant if self.batch_invariant else table.entries
-        given = (*table.norm_rows, *((e.bits, e.rows, e.outputs, e.k, e.planes) for e in entries))
-        linears = LinearFusion(self.kind, shape.tokens, self.batch_invariant, given)
+        tuning = self.tuning
+        entries = tuning.invariant if self.batch_invariant else tuning.entries
+        given = (*tuning.norm_rows, *((e.bits, e.rows, e.outputs, e.k, e.planes) for e in entries))
+        linears = LinearFusion(tuning, shape.tokens, self.batch_invariant, given)
         return Fusion(("rms_norm",), linears, attention=shape.decode and not self.batch_invariant)
 
     def weights(self, device: NativeDevice, tensors: Mapping[str, Tensor], prepared: Mapping[str, mx.array]) -> WeightStore:
@@ -141,11 +143,11 @@ class GpuTarget:
         if planes == 1 and self._is_for_library(max_rows) and linear_library.takes(x, segments, rows):
             return linear_library.launches(x, segments, step, buffers, max_rows, scratch)
         return linear.launches(
-            x, segments, step, buffers, rows, max_rows, invariant=self.batch_invariant, kind=self.kind, planes=planes
+            x, segments, step, buffers, rows, max_rows, invariant=self.batch_invariant, tuning=self.tuning, planes=planes
         )
 
     def _is_for_library(self, rows: int) -> bool:
-        least = linear_tuning.table(self.kind).library_rows
+        least = self.tuning.library_rows
         return self.library and not self.batch_invariant and least is not None and rows >= least
 
     def attention(self, shape: PlanShape, inside: attention.Inside | None, scratch: Scratch, *args: Any, **options: Any) -> list[Launch]:

@@ -1,6 +1,6 @@
 """Linear on GPUs: epilogue(x · Wᵀ) for one or several weights that read the same x, one generated kernel per set of formats.
 
-What multiplies is a choice of linear_tuning's tables: a matvec reads each weight once for up to four rows; tiles multiply 8x8 matrices,
+What multiplies is a choice of a tuning table: a matvec reads each weight once for up to four rows; tiles multiply 8x8 matrices,
 in float or in half precision. Sizes, offsets and strides are parameters: layers that differ in them alone share a kernel.
 
 Accuracy: sums are float32 in all of them, and matvecs and float tiles take x and weights as float32. Half tiles round each element of x
@@ -17,10 +17,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from metalstep.kernels import params
-from metalstep.kernels.gpu import linear_tuning
 from metalstep.kernels.gpu.bench_case import ACTIVATION_BYTES, EPS, BenchCase, BenchSizes, Inputs
 from metalstep.kernels.gpu.linear_half_text import HalfKernel
 from metalstep.kernels.gpu.linear_matvec_text import MatvecKernel
+from metalstep.kernels.gpu.linear_tables import table
 from metalstep.kernels.gpu.linear_text import TYPES, Format, Kernel, Path, accesses_of, epilogue_of, row_stride
 from metalstep.kernels.gpu.linear_tiles_text import TilesKernel
 from metalstep.kernels.gpu.linear_tuning import SIMD_WIDTH, HalfTiles, Matvec, Shape, Tuning
@@ -42,29 +42,30 @@ def launches(
     max_rows: int,
     *,
     invariant: bool = False,
-    kind: str = "apple",
+    tuning: Tuning | None = None,
     planes: int = 1,
     shape: Shape | None = None,
 ) -> list[Launch]:
     """One launch for all segments.
 
     x: float32 or float16 rows of a buffer, normed first with x.norm. buffers: what slots from `first_buffer_slot` on name, for the
-    epilogues; they load and store any ms_dtype. rows: ms_rows; max_rows: as many as a step of the plan has at most. kind: of device, as
-    linear_tuning has tables. invariant: a row's result has the same bits in any batch and any plan (else: in any batch of plans with the
-    same shape). planes: parts of k, whose sums are left to others to add up: each segment's epilogue is then one STORE of its float32
-    product, and plane p of row r goes to row p * max_rows + r. shape: instead of the table's.
+    epilogues; they load and store any ms_dtype. rows: ms_rows; max_rows: as many as a step of the plan has at most. tuning: the device's
+    table; None: the one for Apple's. invariant: a row's result has the same bits in any batch and any plan (else: in any batch of plans
+    with the same shape). planes: parts of k, whose sums are left to others to add up: each segment's epilogue is then one STORE of its
+    float32 product, and plane p of row r goes to row p * max_rows + r. shape: instead of the table's.
     Raises: ValueError for weights of one launch whose k differ, of one segment whose n differ, or in a format or place that no
     kernel reads, and for planes with another epilogue or of a shape that has none; NotImplementedError for a prologue, an instruction
     that is not elementwise, or more buffers than Metal binds.
     """
     k = _check(x, segments)
     outputs = sum(weight.n for segment in segments for weight in segment.weights)
+    tuning = tuning or table("apple")
     if shape is None:
         bits = max(weight.bits for segment in segments for weight in segment.weights)
-        shape = linear_tuning.geometry(kind, outputs, k, max_rows, bits, invariant=invariant)
-    paths = _paths(segments, shape, linear_tuning.table(kind))
+        shape = tuning.entry(outputs, k, max_rows, bits, invariant=invariant).shape
+    paths = _paths(segments, shape, tuning)
     given = (x, segments, step, buffers, rows, max_rows, paths)
-    saturate = kind != "apple"
+    saturate = tuning.kind != "apple"
     kernel: Kernel
     if isinstance(shape, HalfTiles):
         if planes > 1:
@@ -239,8 +240,8 @@ def bench_cases(sizes: BenchSizes) -> list[BenchCase]:
 
 
 def _bench_launches(sizes: BenchSizes, name: str, outputs: list[int], k: int, rows: int, inputs: Inputs) -> list[Launch]:
-    halves = sizes.kind == "nvidia"
-    within = sizes.norm_rows if sizes.kind == "apple" else linear_tuning.norm_rows(sizes.kind, k)
+    halves, tuning = sizes.kind == "nvidia", table(sizes.kind)
+    within = sizes.norm_rows if sizes.kind == "apple" else tuning.most_normed(k)
     norm = None
     if name in ("qkv", "gate_up", "head") and rows <= within:
         norm = Norm(inputs.activation(f"norm {k}", (k,)), EPS)
@@ -249,7 +250,7 @@ def _bench_launches(sizes: BenchSizes, name: str, outputs: list[int], k: int, ro
     weights = [sizes.packed(inputs, n, k) for n in outputs]
     grouped = [weights] if name == "gate_up" else [[weight] for weight in weights]
     adds = name in ("o", "down")
-    planes = linear_tuning.planes(sizes.kind, outputs[0], k, rows, max(w.bits for w in weights)) if adds else 1
+    planes = tuning.planes(outputs[0], k, rows, max(w.bits for w in weights)) if adds else 1
     dtype = "float16" if halves and name == "gate_up" else "float32"
     buffers = [inputs.activation(f"out {i} {dtype}", (planes * rows, group[0].n), dtype) for i, group in enumerate(grouped)]
     slot, segments = first_buffer_slot(grouped), []
@@ -270,4 +271,4 @@ def _bench_launches(sizes: BenchSizes, name: str, outputs: list[int], k: int, ro
         segments.append(Segment(group, program))
     step = inputs.step(rows, sampling={}) if name == "head" else inputs.step(rows)
     which = params.MS_ROWS_SAMPLED if name == "head" else params.MS_ROWS_TOKENS
-    return launches(x, segments, step, buffers, which, rows, kind=sizes.kind, planes=planes)
+    return launches(x, segments, step, buffers, which, rows, tuning=tuning, planes=planes)

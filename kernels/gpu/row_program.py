@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metalstep.kernels import embedding, kv_write, params, rms_norm, rope
-from metalstep.kernels.gpu import linear_tuning
 from metalstep.kernels.gpu.bench_case import EPS, BenchCase, BenchSizes, Inputs
+from metalstep.kernels.gpu.linear_tables import table
 from metalstep.kernels.gpu.row_check import check
 from metalstep.kernels.gpu.row_codegen import Kernel, RowKernel
 from metalstep.kernels.gpu.row_nests import LANES, Aliases, fused, widest
@@ -131,9 +131,9 @@ def bench_cases(sizes: BenchSizes) -> list[BenchCase]:
     and norms, rotation and cache write of queries, keys and values."""
     hidden, qkv = sizes.hidden_size, sizes.qkv_size
     out = 2 if sizes.kind == "nvidia" else 4  # bytes of an element that linears read
-    cases = []
+    cases, tuning = [], table(sizes.kind)
     for rows in sizes.rows:
-        planes = linear_tuning.planes(sizes.kind, hidden, sizes.num_q_heads * sizes.head_dim, rows, sizes.bits)
+        planes = tuning.planes(hidden, sizes.num_q_heads * sizes.head_dim, rows, sizes.bits)
         moved = {
             "embedding": sizes.weight_bytes(1, hidden) + 4 * hidden,
             "rms_norm": (4 + out) * hidden,

@@ -6,29 +6,27 @@ from gpu_device import DEVICE, KIND
 
 from metalstep.cli import main as command
 from metalstep.cli.tune import how_used
-from metalstep.kernels.gpu import linear_tuning
+from metalstep.kernels.gpu.linear_tables import load, table
 
 SHORT = ["--shape", "tiny", "--context", "20", "--time-budget", "1"]
 
 
 def test_it_writes_a_table_that_can_be_used(tmp_path, capsys, monkeypatch):
     """Of the device's kind, with all entries that were there, in their order; and says what a step took before and after."""
-    monkeypatch.setattr(linear_tuning, "_used", {})
     file = tmp_path / "table.json"
     assert command.main(["tune", "--device", DEVICE, *SHORT, "--rows", "2,8", "--json", "--out", str(file)]) == 0
     result = json.loads(capsys.readouterr().out)
-    table = linear_tuning.load(file.read_text())
-    assert (result["file"], result["kind"], table.kind) == (str(file), KIND, KIND)
+    tuned = load(file.read_text())
+    assert (result["file"], result["kind"], tuned.kind) == (str(file), KIND, KIND)
     assert [(point["shape"], point["rows"]) for point in result["points"]] == [("tiny", 2), ("tiny", 8)]
     assert all(point["wrong"] == 0 and point["before_us"] > 0 and point["ratio"] >= 1 for point in result["points"])
-    kept = list(linear_tuning.table(KIND).entries)
-    assert [entry for entry in table.entries if entry in kept] == kept
+    kept = list(table(KIND).entries)
+    assert [entry for entry in tuned.entries if entry in kept] == kept
     monkeypatch.setenv("METALSTEP_TUNING", str(file))
-    assert linear_tuning.table(KIND) == table
+    assert table(KIND) == tuned
 
 
 def test_without_out_the_table_is_the_devices_own(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(linear_tuning, "_used", {})
     monkeypatch.setenv("METALSTEP_CACHE", str(tmp_path))
     assert command.main(["tune", "--device", DEVICE, *SHORT, "--rows", "1"]) == 0
     printed = capsys.readouterr().out
@@ -88,7 +86,6 @@ def test_it_says_which_runs_use_the_table(tmp_path):
 
 
 def test_a_variable_that_names_no_table_is_an_error_before_anything_is_measured(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(linear_tuning, "_used", {})
     monkeypatch.setenv("METALSTEP_TUNING", str(tmp_path / "none.json"))
     assert command.main(["tune", "--device", DEVICE, *SHORT]) == 2
     assert "none.json: no tuning table can be read there (No such file or directory)" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 from gpu_device import DEVICE
 
 from metalstep.capture import capture
-from metalstep.kernels.gpu import linear_tuning
+from metalstep.kernels.gpu.linear_tables import table
 from metalstep.kernels.native import NativeDevice
 from metalstep.native_model import NativeModel
 from metalstep.plan.gpu_target import GpuTarget
@@ -25,8 +25,8 @@ def planned():
     def run(library_rows, batch_invariant=False):
         key = (library_rows, batch_invariant)
         if key not in found:
-            with linear_tuning.using(replace(linear_tuning.table("nvidia"), library_rows=library_rows)):
-                found[key] = _run(GpuTarget("nvidia", batch_invariant=batch_invariant, library=True))
+            tuning = replace(table("nvidia"), library_rows=library_rows)
+            found[key] = _run(GpuTarget("nvidia", batch_invariant=batch_invariant, library=True, tuning=tuning))
         return found[key]
 
     return run

@@ -11,7 +11,7 @@ from tiny import write_model
 
 import metalstep
 from metalstep import Request, SamplingParams
-from metalstep.kernels.gpu import linear_tuning
+from metalstep.kernels.gpu.linear_tables import table
 from metalstep.plan.gpu_target import GpuTarget
 
 NAMES = ["llama", "llama_untied", "qwen3", "gemma2", "cohere2", "starcoder2"]
@@ -24,19 +24,20 @@ NEW = 9  # tokens of a generation
 
 def tables():
     """The table as it is; and one that never norms inside of linears and always leaves planes where that is possible."""
-    table = linear_tuning.table("nvidia")
-    split = [replace(entry, planes=2) for entry in table.entries]
-    return {"packaged": table, "planes": replace(table, entries=split, norm_rows=[(None, 0)])}
+    packaged = table("nvidia")
+    split = [replace(entry, planes=2) for entry in packaged.entries]
+    return {"packaged": packaged, "planes": replace(packaged, entries=split, norm_rows=[(None, 0)])}
 
 
-@pytest.fixture(scope="module", params=[(name, table) for table in ("packaged", "planes") for name in NAMES], ids="-".join)
+@pytest.fixture(scope="module", params=[(name, tuning) for tuning in ("packaged", "planes") for name in NAMES], ids="-".join)
 def family(request, tmp_path_factory):
     """(model with plans for NVIDIA's GPUs, mlx-lm's model): 4-bit, cache in float32."""
-    name, table = request.param
+    name, tuning = request.param
     model = build(name, quantized=True)
     config = {"model_type": FAMILIES[name].model_type, **BASE, **FAMILIES[name].config}
     directory = write_model(tmp_path_factory.mktemp(name), model, config, {"group_size": 32, "bits": 4})
-    with pytest.MonkeyPatch.context() as patch, linear_tuning.using(tables()[table]):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("metalstep.tuning_files.tuning_of", lambda *_: tables()[tuning])
         patch.setattr(GpuTarget, "warm_shapes", lambda *_: [])
         patch.setattr("metalstep.model.make_target", lambda *_, **__: GpuTarget("nvidia", library=False))
         native, _ = metalstep.load(directory, strict=True, device=DEVICE, kv_dtype="float32", kv_memory="16MB", max_context=192)

@@ -9,10 +9,13 @@ from test_linear import codes
 
 from metalstep.kernels import elementwise, linear, params
 from metalstep.kernels.gpu import linear as gpu_linear
-from metalstep.kernels.gpu.linear_tuning import HalfTiles, candidates
+from metalstep.kernels.gpu.linear_candidates import candidates
+from metalstep.kernels.gpu.linear_tables import table
+from metalstep.kernels.gpu.linear_tuning import HalfTiles
 from metalstep.kernels.linear import Input, Norm, PackedWeight, Segment
 from metalstep.kernels.program import Program
 
+NVIDIA = table("nvidia")
 SHAPES = {
     "direct": HalfTiles(rows=8, strips=2, columns=1, splits=2, words=4, ahead=1),
     "two ahead": HalfTiles(rows=16, strips=2, columns=2, splits=4, words=2, ahead=2),
@@ -30,7 +33,7 @@ def h():
 
 def check(h, x, weights, shape, max_rows=None, **more):
     """x is rounded to float16 where it is float32."""
-    got = products(h, x, weights, max_rows, kind="nvidia", shape=shape, **more)
+    got = products(h, x, weights, max_rows, tuning=NVIDIA, shape=shape, **more)
     for result, w in zip(got, weights, strict=True):
         assert (np.abs(result - x.astype(np.float64) @ w.exact.T) <= half_bound(x, w)).all()
 
@@ -68,7 +71,7 @@ def test_every_code_of_an_element_is_what_mlx_makes_of_it(h, mode):
     got = []
     for x in np.eye(32, dtype=np.float32).reshape(-1, 8, 32):
         out = h.empty((8, weight.n))
-        h.run(gpu_linear.launches(Input(h.put(x), 0, 32), segments, h.step(8), [out], 0, 8, kind="nvidia"), 8)
+        h.run(gpu_linear.launches(Input(h.put(x), 0, 32), segments, h.step(8), [out], 0, 8, tuning=NVIDIA), 8)
         got.append(h.get(out))
     got = np.concatenate(got).T
     rows = np.isfinite(values).all(1) & (np.abs(values) < 65504).all(1)  # else a zero of x makes NaN of the row
@@ -95,7 +98,7 @@ def test_every_candidate_multiplies_and_leaves_planes(h, rows, room, n, k, bits,
     """Shapes that tuning may try, with as many planes, in plans with room for more rows than the step has."""
     rng = np.random.default_rng(seed)
     rows = min(rows, room)
-    tried = [e for e in candidates("nvidia", n, k, room, bits) if isinstance(e.shape, HalfTiles)]
+    tried = [e for e in candidates("nvidia", n, k, room) if isinstance(e.shape, HalfTiles)]
     entry = tried[choice % len(tried)]
     x = rng.standard_normal((rows, k)).astype(np.float16 if half else np.float32)
     check(h, x, [Weight(h, rng, n, k, bits, 32)], entry.shape, room, planes=entry.planes)
@@ -115,7 +118,7 @@ def test_a_norm_of_x_is_fused(h, shape, weighted, planes):
         g = (1 + 0.1 * rng.standard_normal(k)).astype(np.float32) if weighted else np.ones(k, np.float32)
         norm = Norm(h.put(g) if weighted else None, 1e-5)
         exact = x / np.sqrt((x.astype(np.float64) ** 2).mean(1, keepdims=True) + 1e-5) * g
-        got = products(h, x, weights, norm=norm, kind="nvidia", shape=shape, planes=planes)
+        got = products(h, x, weights, norm=norm, tuning=NVIDIA, shape=shape, planes=planes)
         for result, w in zip(got, weights, strict=True):
             assert (np.abs(result - exact @ w.exact.T) <= half_bound(exact, w)).all()
 
@@ -131,7 +134,7 @@ def test_sampled_rows_are_read_where_their_tokens_are(h, rows, room, half, norme
     norm = Norm(None, 1e-5) if normed else None
     if normed:
         exact = exact / np.sqrt((exact**2).mean(1, keepdims=True) + 1e-5)
-    [got] = products(h, x, [w], room, sampled=sampled, norm=norm, kind="nvidia")
+    [got] = products(h, x, [w], room, sampled=sampled, norm=norm, tuning=NVIDIA)
     assert (np.abs(got - exact @ w.exact.T) <= half_bound(exact, w)).all()
 
 
@@ -155,7 +158,7 @@ def test_any_place_of_x_and_weights_will_do(h, shift, offset, more, half, seed):
             outs = [h.empty((rows, w.n)) for w in weights]
             slot = linear.first_buffer_slot([[w] for w in weights])
             segments = [Segment([w.packed], plain(w, slot + i)) for i, w in enumerate(weights)]
-            h.run(gpu_linear.launches(source, segments, h.step(rows), outs, 0, rows, kind="nvidia"), rows)
+            h.run(gpu_linear.launches(source, segments, h.step(rows), outs, 0, rows, tuning=NVIDIA), rows)
             got.append([h.get(out) for out in outs])
         for a, b in zip(*got, strict=True):
             np.testing.assert_array_equal(a, b)
@@ -168,7 +171,7 @@ def test_an_input_beyond_float16_is_its_largest_and_one_that_is_not_finite_shows
     w = Weight(h, rng, 20, 96, 16, 0)
     x = rng.standard_normal((12, 96)).astype(np.float32)
     x[5, 95], x[5, 94] = value, -value
-    [got] = products(h, x, [w], kind="nvidia", shape=shape)
+    [got] = products(h, x, [w], tuning=NVIDIA, shape=shape)
     if np.isfinite(value):
         bounded = np.clip(x, -65504, 65504)
         assert (np.abs(got - bounded @ w.exact.T) <= half_bound(bounded, w)).all()
@@ -198,7 +201,7 @@ def test_gate_and_up_meet_in_the_epilogue_and_a_residual_is_added_in_place(h, ro
     out, inout = h.put(np.full((rows, 50), np.nan, np.float16)), h.put(before)
     segments = [Segment([gate.packed, up.packed], mlp), Segment([other.packed], add)]
     source = Input(h.put(x), 0, k)
-    h.run(gpu_linear.launches(source, segments, h.step(rows), [out, inout], 0, rows, kind="nvidia"), rows)
+    h.run(gpu_linear.launches(source, segments, h.step(rows), [out, inout], 0, rows, tuning=NVIDIA), rows)
     g, u, o = (x.astype(np.float64) @ w.exact.T for w in (gate, up, other))
     silu = g / (1 + np.exp(-g))
     limit = 1.1 * half_bound(x, gate) * np.abs(u) + np.abs(silu) * half_bound(x, up) + 1e-3 * (1e-3 + np.abs(silu * u))
@@ -212,7 +215,7 @@ def test_a_result_beyond_float16_is_stored_as_its_largest(h):
     slot = linear.first_buffer_slot([[w]])
     program.store(program.register(8), slot, row_stride=8, dtype=params.MS_FLOAT16)
     out = h.put(np.zeros((1, 8), np.float16))
-    h.run(gpu_linear.launches(Input(h.put(x), 0, 32), [Segment([w.packed], program)], h.step(1), [out], 0, 1, kind="nvidia"), 1)
+    h.run(gpu_linear.launches(Input(h.put(x), 0, 32), [Segment([w.packed], program)], h.step(1), [out], 0, 1, tuning=NVIDIA), 1)
     exact = x @ w.exact.T
     assert (np.abs(exact) > 65504).any()
     np.testing.assert_allclose(h.get(out, np.float16), np.clip(exact, -65504, 65504), rtol=4e-3)
@@ -225,7 +228,7 @@ def test_an_invariant_row_is_the_same_bits_in_any_batch_of_any_plan(h, bits, gro
     rng = np.random.default_rng(seed)
     w = Weight(h, rng, 21, 288, bits, group)
     x = rng.standard_normal((rows, 288)).astype(np.float16 if half else np.float32)
-    more = dict(norm=Norm(None, 1e-6) if normed else None, invariant=True, kind="nvidia")
+    more = dict(norm=Norm(None, 1e-6) if normed else None, invariant=True, tuning=NVIDIA)
     [together] = products(h, x, [w], rows + room, **more)
     alone = np.concatenate([products(h, row[None], [w], 1, **more)[0] for row in x])
     np.testing.assert_array_equal(together, alone)
@@ -237,7 +240,7 @@ def test_planes_want_an_epilogue_that_only_stores(h):
     program = Program(epilogue=True)
     program.store(program.register(8), slot, row_stride=8, dtype=params.MS_FLOAT16)
     with pytest.raises(ValueError, match="planes is one STORE of its product as float32"):
-        gpu_linear.launches(Input(h.empty((1, 32)), 0, 32), [Segment([w.packed], program)], h.step(1), [], 0, 1, kind="nvidia", planes=2)
+        gpu_linear.launches(Input(h.empty((1, 32)), 0, 32), [Segment([w.packed], program)], h.step(1), [], 0, 1, tuning=NVIDIA, planes=2)
     with pytest.raises(ValueError, match="2 planes of Matvec"):
         segments = [Segment([w.packed], plain(w, slot))]
         gpu_linear.launches(Input(h.empty((1, 32)), 0, 32), segments, h.step(1), [h.empty((2, 8))], 0, 1, planes=2)

@@ -6,7 +6,8 @@ from gpu_linears import Weight, plain
 
 from metalstep.kernels import linear, params
 from metalstep.kernels.gpu import linear as gpu_linear
-from metalstep.kernels.gpu.linear_tuning import KINDS, Matvec, geometry
+from metalstep.kernels.gpu.linear_tables import KINDS, table
+from metalstep.kernels.gpu.linear_tuning import Matvec
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.linear import Input, Norm, PackedWeight, Segment
 from metalstep.kernels.program import Program
@@ -39,12 +40,12 @@ def test_every_shape_of_the_tables_fits_a_threadgroup(h, kind):
     w = Weight(h, rng, 16, 64, 4, 32)
     for outputs in (1, 10**6):
         for max_rows in (*range(1, 70), 1000):
-            shape = geometry(kind, outputs, 64, max_rows)
+            shape = table(kind).entry(outputs, 64, max_rows).shape
             for parts in (1, 2, 3):
                 wide = [PackedWeight(w.packed.buffer, outputs, 64, 4, 32, w.packed.dtype, w.packed.scales, w.packed.biases)] * parts
                 program = Program(epilogue=True, registers=parts)
                 x = Input(h.empty((1, 64)), 0, 64)
-                [launch] = gpu_linear.launches(x, [Segment(wide, program)], h.step(1), [], 0, max_rows, kind=kind)
+                [launch] = gpu_linear.launches(x, [Segment(wide, program)], h.step(1), [], 0, max_rows, tuning=table(kind))
                 assert launch.threads[0] <= 1024
             if isinstance(shape, Matvec):
                 assert shape.rows * max_rows <= 32
@@ -138,8 +139,3 @@ def test_more_than_metal_takes_is_refused(h):
     segments = [Segment([one] * 9, Program(epilogue=True, registers=9))]
     with pytest.raises(NotImplementedError, match=r"a segment of 9 weights takes .* bytes of threadgroup memory, at most 32768"):
         gpu_linear.launches(Input(h.empty((1, 64)), 0, 64), segments, h.step(1), [], 0, 32)
-
-
-def test_a_device_without_a_table_is_refused(h):
-    with pytest.raises(ValueError, match="no tuning for devices of kind 'abacus'; there is one for apple"):
-        attempt(h, kind="abacus")

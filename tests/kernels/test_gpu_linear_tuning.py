@@ -8,19 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from metalstep.kernels.gpu import linear_tuning
-from metalstep.kernels.gpu.linear_tuning import (
-    KINDS,
-    Entry,
-    HalfTiles,
-    Matvec,
-    Tiles,
-    candidates,
-    dump,
-    invalid,
-    load,
-    table,
-)
+from metalstep.kernels.gpu.linear_candidates import candidates
+from metalstep.kernels.gpu.linear_tables import KINDS, PLANES, dump, load, named, table
+from metalstep.kernels.gpu.linear_tuning import Entry, HalfTiles, Matvec, Tiles, invalid
 
 SIZES = st.sampled_from([1, 100, 1024, 4096, 19456, 151936])
 ROWS = st.sampled_from([1, 2, 4, 5, 8, 16, 33, 64, 65, 2048])
@@ -37,17 +27,17 @@ def test_a_table_is_what_it_was_written_from(kind):
 
 @given(kind=st.sampled_from(KINDS), outputs=SIZES, k=SIZES, rows=ROWS, bits=BITS, invariant=st.booleans())
 def test_every_linear_has_a_possible_shape(kind, outputs, k, rows, bits, invariant):
-    entry = linear_tuning.entry(kind, outputs, k, rows, bits, invariant=invariant)
+    tuning = table(kind)
+    entry = tuning.entry(outputs, k, rows, bits, invariant=invariant)
     assert invalid(entry.shape) == ""
-    assert linear_tuning.geometry(kind, outputs, k, rows, bits, invariant=invariant) == entry.shape
-    planes = linear_tuning.planes(kind, outputs, k, rows, bits, invariant=invariant)
-    assert planes == (1 if rows <= linear_tuning.norm_rows(kind, outputs, invariant=invariant) else entry.planes)
+    planes = tuning.planes(outputs, k, rows, bits, invariant=invariant)
+    assert planes == (1 if rows <= tuning.most_normed(outputs, invariant=invariant) else entry.planes)
     assert planes == 1 or isinstance(entry.shape, HalfTiles)
 
 
-@given(kind=st.sampled_from(KINDS), outputs=SIZES, k=SIZES, rows=ROWS, bits=BITS)
-def test_candidates_are_possible_and_there_are_some(kind, outputs, k, rows, bits):
-    found = candidates(kind, outputs, k, rows, bits)
+@given(kind=st.sampled_from(KINDS), outputs=SIZES, k=SIZES, rows=ROWS)
+def test_candidates_are_possible_and_there_are_some(kind, outputs, k, rows):
+    found = candidates(kind, outputs, k, rows)
     assert found and all(invalid(e.shape) == "" for e in found)
     assert all(e.planes == 1 or isinstance(e.shape, HalfTiles) for e in found)
     assert len(set(found)) == len(found)
@@ -56,12 +46,13 @@ def test_candidates_are_possible_and_there_are_some(kind, outputs, k, rows, bits
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_invariant_row_is_summed_in_one_order_in_all_plans(kind):
     """Splits and words, and the planes of a linear, set that order; rows, strips and columns do not."""
+    tuning = table(kind)
     for outputs in (1024, 4096, 151936):
-        entries = [linear_tuning.entry(kind, outputs, 1024, rows, invariant=True) for rows in (1, 8, 9, 64, 65, 2048)]
+        entries = [tuning.entry(outputs, 1024, rows, invariant=True) for rows in (1, 8, 9, 64, 65, 2048)]
         assert len({e.planes for e in entries}) == 1
         orders = {(s.splits, s.words) if isinstance(s, HalfTiles) else s for s in (e.shape for e in entries)}
         assert len(orders) == 1
-    assert linear_tuning.norm_rows(kind, 1024, invariant=True) in (0, 1 << 31)
+    assert tuning.most_normed(1024, invariant=True) in (0, 1 << 31)
 
 
 def test_limits_are_upper_bounds_and_none_is_no_limit():
@@ -70,13 +61,13 @@ def test_limits_are_upper_bounds_and_none_is_no_limit():
     assert not any((entry.holds(5, 8, 1, 64), entry.holds(4, 9, 1, 64), entry.holds(4, 8, 1, 65)))
 
 
-def test_another_table_takes_a_kind_s_place_for_a_while_or_by_its_file(tmp_path, monkeypatch):
+def test_norms_belong_inside_of_linears_up_to_the_rows_of_the_first_pair_that_holds():
+    tuning = replace(table("nvidia"), norm_rows=[(64, 7), (None, 0)])
+    assert (tuning.most_normed(64), tuning.most_normed(65)) == (7, 0)
+
+
+def test_a_named_table_takes_the_place_of_its_kind_s(tmp_path, monkeypatch):
     other = replace(table("nvidia"), norm_rows=[(None, 5)])
-    with linear_tuning.using(other):
-        assert linear_tuning.norm_rows("nvidia", 100) == 5
-        with linear_tuning.using(replace(other, norm_rows=[(64, 7), (None, 0)])):
-            assert (linear_tuning.norm_rows("nvidia", 64), linear_tuning.norm_rows("nvidia", 65)) == (7, 0)
-        assert linear_tuning.norm_rows("nvidia", 100) == 5
     assert table("nvidia") != other
     file = tmp_path / "table.json"
     file.write_text(dump(other))
@@ -205,10 +196,9 @@ def test_a_table_with_anything_anywhere_is_one_or_is_refused_by_name(kind):
             refused += 1
             continue
         loaded += 1
-        with linear_tuning.using(tuning):
-            for outputs, k, rows, bits, invariant in itertools.product((1, 4096), (1, 19456), (1, 8, 2048), (1, 4, 32), (False, True)):
-                assert invalid(linear_tuning.geometry(tuning.kind, outputs, k, rows, bits, invariant=invariant)) == ""
-                assert linear_tuning.planes(tuning.kind, outputs, k, rows, bits, invariant=invariant) in linear_tuning.PLANES
+        for outputs, k, rows, bits, invariant in itertools.product((1, 4096), (1, 19456), (1, 8, 2048), (1, 4, 32), (False, True)):
+            assert invalid(tuning.entry(outputs, k, rows, bits, invariant=invariant).shape) == ""
+            assert tuning.planes(outputs, k, rows, bits, invariant=invariant) in PLANES
         assert load(dump(tuning)) == tuning
     assert loaded > 20 and refused > 200
 
@@ -229,7 +219,7 @@ def test_a_named_file_that_is_no_table_is_named_with_its_variable(content, messa
     elif content is not None:
         file.write_bytes(content)
     monkeypatch.setenv("METALSTEP_TUNING", str(file))
-    for ask in (linear_tuning.check_named, lambda: table("apple"), lambda: table("nvidia")):
+    for ask in (named, lambda: table("apple"), lambda: table("nvidia")):
         with pytest.raises(ValueError, match=message) as caught:
             ask()
         assert str(caught.value).startswith(f"METALSTEP_TUNING={file}: ")
@@ -238,7 +228,7 @@ def test_a_named_file_that_is_no_table_is_named_with_its_variable(content, messa
 
 def test_a_kind_without_a_table_is_refused():
     with pytest.raises(ValueError, match="no tuning for devices of kind 'abacus'; there is one for apple, nvidia"):
-        linear_tuning.geometry("abacus", 1, 1, 1)
+        table("abacus")
 
 
 def test_shapes_say_what_is_impossible():

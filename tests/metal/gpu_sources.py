@@ -15,6 +15,7 @@ from metalstep.kernels.gpu import (
     step_advance,
     step_load,
 )
+from metalstep.kernels.gpu.linear_tables import table
 from metalstep.kernels.kv_codec import KVCodec
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.linear import FLOATS, Input, Norm, PackedWeight, Segment, first_buffer_slot
@@ -68,7 +69,7 @@ def linear_launches(bits: int, group: int, dtype: str, rows: int, floats: int | 
     norm = Norm(buffer(k), 1e-6) if rows <= 16 else None
     dtype = "float16" if kind == "nvidia" and norm is None else "float32"
     x = Input(buffer(rows, k, dtype=dtype), 0, k, norm=norm)
-    return linear.launches(x, [segment], step_buffers(), buffers, params.MS_ROWS_TOKENS, rows, kind=kind)
+    return linear.launches(x, [segment], step_buffers(), buffers, params.MS_ROWS_TOKENS, rows, tuning=table(kind))
 
 
 def gated(weights: list[PackedWeight], rows: int) -> tuple[Segment, list[Buffer]]:

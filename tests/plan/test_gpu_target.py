@@ -8,7 +8,7 @@ import pytest
 
 from metalstep.capture import capture
 from metalstep.checkpoint import build_model
-from metalstep.kernels.gpu import linear_tuning
+from metalstep.kernels.gpu.linear_tables import table
 from metalstep.plan.gpu_target import KINDS, GpuTarget
 from metalstep.plan.paper import paper_plan
 from metalstep.shapes import ShapeCheckpoint
@@ -35,7 +35,7 @@ def test_a_layer_is_five_launches_or_seven(shape, kind, rows):
     rotations and (there) the first norm; behind them the head."""
     layers, hidden = {"qwen3-0.6b": (28, 1024), "qwen3-4b": (36, 2560)}[shape]
     launches = plan(shape, kind, rows).launches
-    per_layer = 5 if rows <= linear_tuning.norm_rows(kind, hidden) else 7
+    per_layer = 5 if rows <= table(kind).most_normed(hidden) else 7
     assert len(launches) == 1 + per_layer * layers + 1 + SAMPLER
     assert [entry.ops for entry in launches[-SAMPLER:]] == [["sample"]] * 3 + [["step_advance"]]
     assert launches[0].ops[:2] == ["rope_angles", "embedding"]
@@ -62,7 +62,7 @@ def test_linears_for_nvidia_read_float16_unless_they_norm(rows):
 
 def test_planes_are_added_up_by_the_next_norm():
     launches = plan("qwen3-0.6b", "nvidia", 32).launches
-    tuned = {linear_tuning.planes("nvidia", 1024, k, 32) for k in (2048, 3072)}
+    tuned = {table("nvidia").planes(1024, k, 32) for k in (2048, 3072)}
     assert min(tuned) > 1
     planes = Counter()
     for entry, after in itertools.pairwise(launches):
@@ -83,19 +83,18 @@ def test_invariant_plans_do_the_same_for_any_rows():
 def test_plans_that_take_in_the_same_have_one_graph(kind):
     """Whatever their contexts, and whatever table says the same of fusions in other shapes."""
     model, _ = captured("qwen3-0.6b")
-    table = linear_tuning.table(kind)
-    shapes = [replace(entry, shape=table.entries[0].shape, planes=entry.planes) for entry in table.entries]
-    planes = [replace(entry, planes=3 - entry.planes if entry.planes < 3 else 1) for entry in table.entries]
+    tuning = table(kind)
+    shapes = [replace(entry, shape=tuning.entries[0].shape, planes=entry.planes) for entry in tuning.entries]
+    planes = [replace(entry, planes=3 - entry.planes if entry.planes < 3 else 1) for entry in tuning.entries]
 
     def graph(tuning, rows, context):
-        with linear_tuning.using(tuning):
-            target = GpuTarget(kind)
-            return model.graph(7, 5, target.fusion(target.plan_shape(rows, decode=True, context=context)))
+        target = GpuTarget(kind, tuning=tuning)
+        return model.graph(7, 5, target.fusion(target.plan_shape(rows, decode=True, context=context)))
 
-    known = graph(table, 32, 100)
-    assert graph(replace(table, entries=shapes), 30, 9000) is known
-    assert graph(replace(table, entries=planes), 32, 100) is not known
-    assert graph(table, 64, 100) is not known
+    known = graph(tuning, 32, 100)
+    assert graph(replace(tuning, entries=shapes), 30, 9000) is known
+    assert graph(replace(tuning, entries=planes), 32, 100) is not known
+    assert graph(tuning, 64, 100) is not known
 
 
 def test_plans_have_room_for_as_many_rows_as_the_target_says():
