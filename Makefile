@@ -16,10 +16,11 @@ PROMPT ?= What is the capital of France?
 MODEL ?= smollm2
 ARGS ?=
 SECONDS ?= 600
+SEED ?= $(shell date +%s)
 # Test files side by side, each in one process.
 SIDE_BY_SIDE := -n auto --maxprocesses 4 --dist loadfile
 
-.PHONY: help build demo vllm serve test test-vllm test-nvidia test-cuda sanitize-cuda lint format sanitize swift-test neon test-kernels-all soak peers docs dist dist-check clean
+.PHONY: help build demo vllm serve test test-vllm test-random test-nvidia test-cuda sanitize-cuda lint format sanitize swift-test neon test-kernels-all soak peers docs dist dist-check clean
 .DELETE_ON_ERROR:
 
 help:
@@ -28,6 +29,7 @@ help:
 	@echo 'make vllm      $(VLLM) with vLLM (2 minutes, 4 GB), for serve and for the tests of the plugin'
 	@echo 'make test      all tests, the kernels once per instruction set of this machine, the plugin in vLLM'
 	@echo 'make test-vllm only those of the plugin, in $(VLLM)'
+	@echo 'make test-random the property tests with other draws than those of `make test`, which are always the same; SEED=N repeats a run'
 	@echo 'make test-nvidia the GPU tests with plans and geometry for NVIDIA, simulated'
 	@echo 'make test-cuda the GPU kernels and engine on an NVIDIA GPU; make sanitize-cuda: some of them under compute-sanitizer'
 	@echo 'make build     the virtual environment $(VENV) and the launcher'
@@ -115,6 +117,10 @@ test-vllm: $(NATIVE)
 	else \
 	  echo 'warning: the tests with vLLM did not run: $(VLLM) could not be made, see above' >&2; \
 	fi
+
+# A property that holds for the draws of `make test` alone is none.
+test-random: build $(VENV)/.installed-dev $(VENV)/.smollm2
+	$(BIN)/python -m pytest -q $(SIDE_BY_SIDE) -m 'hypothesis and not all_instances' --hypothesis-profile=random --hypothesis-seed=$(SEED) $(TESTS)
 
 # The tests of the simulated GPU with all that is an NVIDIA GPU's but its compiler and driver: geometry, plans, memory.
 test-nvidia: build $(VENV)/.installed-dev

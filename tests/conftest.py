@@ -11,6 +11,7 @@ if SIMULATED and KIND == "nvidia":
     from nvidia_simulator import nvidia_simulator  # noqa: F401  # of all tests
 
 settings.register_profile("metalstep", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None, derandomize=False, print_blob=True)  # make test-random
 settings.load_profile("metalstep")
 
 # Tests of the plugin inside of vLLM need vLLM's environment: `make test-vllm`.

@@ -15,6 +15,7 @@ from metalstep.kernels.program import Program, Register
 
 BLOCK = 32  # elements that share a scale
 BLOCK_BYTES = {"q8_0": 34, "q4_0": 18}  # name: bytes of a block, its scale included
+SMALLEST = float(np.finfo(np.float32).tiny)  # step that is divided by; the inverse of smaller ones may be infinite, and the scale is 0
 
 Rounding = Callable[[Program, Register, int], Register]
 
@@ -38,7 +39,7 @@ def reference(name: str, x: np.ndarray) -> np.ndarray:
     else:
         high, low = blocks.max(-1, keepdims=True), blocks.min(-1, keepdims=True)
         step = np.where(high >= -low, high, low) / np.float32(-8)
-    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=step != 0)
+    inverse = np.divide(np.float32(1), step, out=np.zeros_like(step), where=np.abs(step) >= SMALLEST)
     stored = step.astype(np.float16).astype(np.float32)
     if name == "q8_0":
         codes = np.rint(blocks * inverse)
@@ -73,7 +74,8 @@ def emit(name: str, program: Program, x: Register, dim: int) -> Register:
         high, low = reduced(x, params.MS_MAX), reduced(x, params.MS_MIN)
         is_high = blocks(params.MS_OP_GE, high, blocks(params.MS_OP_NEG, low))
         step = blocks(params.MS_OP_DIV, blocks(params.MS_OP_SELECT, is_high, high, low), -8.0)
-    inverse = blocks(params.MS_OP_SELECT, step, blocks(params.MS_OP_DIV, 1.0, step), 0.0)
+    is_normal = blocks(params.MS_OP_GE, blocks(params.MS_OP_ABS, step), SMALLEST)
+    inverse = blocks(params.MS_OP_SELECT, is_normal, blocks(params.MS_OP_DIV, 1.0, step), 0.0)
     stored = blocks(params.MS_OP_TO_F16, step)
     scaled = elements(params.MS_OP_MUL, x, spread(inverse))
     if name == "q8_0":

@@ -300,12 +300,15 @@ class KVBlocks:
 
     def _behind(self, held: BlockTables, group: GroupSpec, position: int) -> tuple[int, int]:
         """heads and tails of a table when the next row is at `position`."""
-        head = tail = 0
+        first = own = 0  # positions from which on the group's window shows all, and the sequence's but for what it keeps
         if group.window is not None:
-            head = max(0, position - group.window + 1) // self.block_size
+            first = max(0, position - group.window + 1)
         if held.window:
-            tail = max(0, position - (held.window - held.keep) + 1) // self.block_size
-        return head, tail if tail > held.keep_blocks else 0
+            own = max(0, position - (held.window - held.keep) + 1)
+        tail = own // self.block_size
+        if first >= held.keep:  # nothing of what is kept is seen any more
+            first = max(first, own)
+        return first // self.block_size, tail if tail > held.keep_blocks else 0
 
     def _lay_out(self, held: BlockTables, computed: int) -> None:
         """Tables of zeros for `computed` tokens, with what is behind the windows marked as gone."""

@@ -47,8 +47,9 @@ SEQUENCES = {
     "falcon": [r"[\p{P}$+<=>^~|`]+", SINGLE["gpt-2"], r"[0-9][0-9][0-9]"],
     "default": [r"[\p{P}$+<=>^~|]+", SINGLE["gpt-2"], r"\p{N}+", r"[0-9][0-9][0-9]"],
     "deepseek-llm": [
-        *(r"[\r\n]", r"\s?[\p{Lu}\p{Ll}\p{Lt}]+", r"\s?[\x21-\x2f\x3a-\x7e\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+"),
-        *(r"\s+$", r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}+"),
+        *(r"[\r\n]", r"\s?(?:(?![\u0561-\u0587\U0001d400-\U0001d7cb])[\p{Lu}\p{Ll}\p{Lt}\u0295])+"),
+        *(r"\s?[\x21-\x2f\x3a-\x7e\uff01-\uff0f\uff1a-\uff5e\u2018-\u201f\u3000-\u3002]+", r"\s+$"),
+        *(r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}+"),
     ],
     "deepseek-coder": [r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[\u4e00-\u9fa5\u0800-\u4e00\uac00-\ud7ff]+", r"\p{N}"],
     "deepseek-v3": [

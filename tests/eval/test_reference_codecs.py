@@ -27,6 +27,7 @@ def rows(dim, heads=2):
 @given(x=st.sampled_from([32, 64, 96]).flatmap(lambda dim: st.tuples(st.just(dim), rows(dim))))
 @example(x=(32, np.zeros((1, 64), np.float32)))  # a block of zeros has a scale of 0
 @example(x=(64, np.full((2, 64), -3.0, np.float32)))
+@example(x=(32, np.full((1, 64), 1e-38, np.float32)))
 @settings(max_examples=40)
 def test_the_row_program_gives_numpys_bits(h, name, x):
     dim, values = x
@@ -40,7 +41,7 @@ def slow(name, block):
         d = np.float32(max(abs(block))) / np.float32(127)
     else:
         d = np.float32(max(block, key=lambda v: (abs(v), v))) / np.float32(-8)
-    inverse = np.float32(1) / d if d else np.float32(0)
+    inverse = np.float32(1) / d if abs(d) >= np.finfo(np.float32).tiny else np.float32(0)
     stored = np.float32(np.float16(d))
     if name == "q8_0":
         return [np.float32(round(float(v * inverse))) * stored for v in block]
@@ -49,6 +50,7 @@ def slow(name, block):
 
 @pytest.mark.parametrize("name", NAMES)
 @given(block=arrays.arrays(np.float32, 32, elements=st.floats(-100, 100, width=32)))
+@example(block=np.full(32, 1e-38, np.float32))  # the inverse of its step is infinite
 def test_a_block_is_the_definitions(name, block):
     np.testing.assert_array_equal(codecs.reference(name, block), np.array(slow(name, block), np.float32))
 

@@ -278,8 +278,11 @@ def test_a_vector_s_code_depends_on_nothing_but_itself_and_scales_with_it(h, pai
             np.testing.assert_array_equal(scaled[which][0], whole[which][0])
             np.testing.assert_array_equal(scaled[which][1], whole[which][1] * scaled[which][1].dtype.type(factor))
         close = turboquant.decode(*whole[which], codec, dim, (K_SEED, V_SEED)[which])
-        error = np.linalg.norm(close - x, axis=-1) / np.linalg.norm(x, axis=-1)
-        assert (error <= (0.01 if codec is AFFINE else 1.01)).all()
+        if codec is AFFINE:  # half a step of 255, and what float16 rounds of a scale and of a bias
+            span, largest = np.ptp(x, axis=-1, keepdims=True), np.abs(x).max(axis=-1, keepdims=True)
+            assert (np.abs(close - x) <= span / 510 + 3 * 2.0**-11 * largest).all()
+        else:
+            assert (np.linalg.norm(close - x, axis=-1) <= 1.01 * np.linalg.norm(x, axis=-1)).all()
 
 
 def test_a_gpu_and_the_host_device_write_the_same_codes(h, host):

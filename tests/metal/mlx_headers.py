@@ -4,9 +4,11 @@ The wheel is fetched once into build/mlx-metal; its version is that of the insta
 """
 from __future__ import annotations
 
+import contextlib
 import re
 import subprocess
 import sys
+import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
@@ -22,14 +24,18 @@ def folder() -> Path:
     include = FOLDER / "mlx" / "include"
     if not include.exists():
         release = version("mlx").split(".post")[0]
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        wheel = f"mlx-metal>={release},<{release}.1"
-        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", f"--dest={FOLDER}"]
-        subprocess.run([*pip, "--platform=macosx_14_0_arm64", wheel], check=True)
-        (file,) = FOLDER.glob("*.whl")
-        with zipfile.ZipFile(file) as archive:
-            archive.extractall(FOLDER, [name for name in archive.namelist() if name.startswith("mlx/include/") and name.endswith(".h")])
-        file.unlink()
+        FOLDER.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=FOLDER.parent) as made:  # tests run side by side: who is second finds a whole folder
+            wheel = f"mlx-metal>={release},<{release}.1"
+            pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:", f"--dest={made}"]
+            subprocess.run([*pip, "--platform=macosx_14_0_arm64", wheel], check=True)
+            (file,) = Path(made).glob("*.whl")
+            headers = Path(made) / "headers"
+            with zipfile.ZipFile(file) as archive:
+                wanted = [name for name in archive.namelist() if name.startswith("mlx/include/") and name.endswith(".h")]
+                archive.extractall(headers, wanted)
+            with contextlib.suppress(OSError):  # another one was faster
+                headers.rename(FOLDER)
     return include
 
 
