@@ -34,6 +34,9 @@ from metalstep.stream import Picker, Stream
 from metalstep.turn import Turn
 from metalstep.watch import Watch
 
+# What a device says, and what a mistake in here would be. Anything else, as a TimeoutError of the caller's signal handler, is the calling
+# thread's alone, as Ctrl-C is.
+EVERYBODYS = (RuntimeError, MemoryError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 IDLE_SECONDS = 0.05  # between two looks of a thread that waits for what another thread has to do first
 _ENGINES: weakref.WeakSet[Engine] = weakref.WeakSet()
 
@@ -265,7 +268,7 @@ class Engine:
         try:
             self._begin()
             worked = self._run()
-        except Exception as error:
+        except EVERYBODYS as error:
             self._fail_all(error)
             raise
         self._dirty = False
@@ -275,7 +278,7 @@ class Engine:
         self._check_open()
         try:
             self._begin()
-        except Exception as error:
+        except EVERYBODYS as error:
             self._fail_all(error)
             raise
         try:

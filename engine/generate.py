@@ -58,7 +58,7 @@ class GenerationResponse:
         self.logprob = output.logprob
         self.rank = output.rank
         self.top_logprobs = output.top
-        self._stream = stream
+        self._running = stream.running  # not the stream: who has a response must not keep its request from ending
         self._logits = output.logits  # every output of this stream keeps them
 
     def __repr__(self) -> str:
@@ -69,12 +69,12 @@ class GenerationResponse:
 
     @property
     def cached_tokens(self) -> int:
-        return self._stream.cached_tokens
+        return self._running.found_tokens
 
     @property
     def prompt_logprobs(self) -> list[PromptLogprob | None] | None:
         """One per prompt token, None for the first."""
-        return self._stream.prompt_logprobs
+        return self._running.asked_prompt_logprobs
 
     @cached_property
     def logprobs(self) -> mx.array:

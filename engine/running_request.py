@@ -80,6 +80,16 @@ class RunningRequest:
         self.owner: Watch | None = None  # of its stream; None: that has nothing to wait for any more
 
     @property
+    def found_tokens(self) -> int:
+        """Prompt tokens that came from the prefix cache, as far as is known."""
+        return max(0, self.cached_tokens)
+
+    @property
+    def asked_prompt_logprobs(self) -> list[PromptLogprob | None] | None:
+        """None where the request did not ask for them."""
+        return None if self.request.sampling.prompt_logprobs is None else self.prompt_logprobs
+
+    @property
     def has_news(self) -> bool:
         """Whether the caller has something to do."""
         return self.taken < len(self.outputs) or self.done or self.wants_pick

@@ -164,13 +164,18 @@ class ServedModel:
         return {**explain_cache(self.scheme, self.groups, len(means)), "keys_can_be_centred": self.scheme.centers}
 
     def close(self) -> None:
-        if self.session is not None:
-            self.session.close()
-            self.session = None
-        if self._native is not None:
-            self._native.close()
-            self._native = None
-        self._checkpoint.close()
+        """Once; a second time does nothing. Raises: RuntimeError with the text of a device that has failed, when all is given back."""
+        session, native = self.session, self._native
+        self.session = self._native = None
+        try:
+            if session is not None:
+                session.close()
+        finally:
+            try:
+                if native is not None:
+                    native.close()
+            finally:
+                self._checkpoint.close()
 
     def _check_plan(self, captured: CapturedModel, target: Target) -> None:
         """Plan a step on paper: a server sizes its cache before there are plans, and eager caches have other groups and bytes.

@@ -47,12 +47,12 @@ class Stream:
     @property
     def cached_tokens(self) -> int:
         """Prompt tokens that came from the prefix cache."""
-        return max(0, self.running.cached_tokens)
+        return self.running.found_tokens
 
     @property
     def prompt_logprobs(self) -> list[PromptLogprob | None] | None:
         """One per prompt token, None for the first; complete with the first token. None when not asked for."""
-        return None if self.running.request.sampling.prompt_logprobs is None else self.running.prompt_logprobs
+        return self.running.asked_prompt_logprobs
 
     def __iter__(self) -> Stream:
         return self

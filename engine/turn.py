@@ -40,6 +40,7 @@ class Turn:
 
         Raises: RuntimeError from inside of a turn: by a grammar's function, for one.
         """
+        self._visitors.pop(threading.get_ident(), None)  # two interrupts may have left a visit of its own there
         if self._visitors:
             self._refuse_inside()
             return None

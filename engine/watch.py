@@ -1,7 +1,6 @@
 """What is to be done once nobody has an object any more."""
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 from weakref import ref
@@ -11,8 +10,8 @@ class Watch(ref[Any]):
     """An object, weakly. When it is collected, in any thread and in the middle of anything, `dropped(watch)` is called; `left` is for
     whoever is told then.
 
-    With `dropped` a queue's `append` that is one C call, into which Ctrl-C cannot fall. `weakref.finalize`, WeakSet and `__del__` run
-    bytecodes, and Python prints and forgets an interrupt among them: what they would have given back would be lost.
+    With `dropped` a queue's `append` that is one C call, into which Ctrl-C cannot fall. `weakref.finalize` and `__del__` run bytecodes, and
+    Python prints and forgets an interrupt among them: what they would have given back would be lost.
     """
 
     __slots__ = ("left",)
@@ -23,27 +22,3 @@ class Watch(ref[Any]):
 
     def __init__(self, watched: object, left: Any, dropped: Callable[[Watch], Any]) -> None:
         self.left = left
-
-
-class Watches:
-    """Watches that are kept until somebody asks for what was collected."""
-
-    def __init__(self) -> None:
-        self._kept: dict[int, Watch] = {}
-        self._dropped: deque[Watch] = deque()
-
-    def add(self, watched: object, left: Any = None) -> None:
-        watch = Watch(watched, left, self._dropped.append)
-        self._kept[id(watch)] = watch
-
-    def take(self) -> Watch | None:
-        """Of an object that was collected, each once; None: there is none."""
-        if not self._dropped:
-            return None
-        watch = self._dropped.popleft()
-        del self._kept[id(watch)]
-        return watch
-
-    def objects(self) -> list[Any]:
-        """Those that somebody has."""
-        return [watched for watch in list(self._kept.values()) if (watched := watch()) is not None]

@@ -5,8 +5,10 @@ everything at once except the buffers that views still show, and those when the 
 """
 from __future__ import annotations
 
+import atexit
 import math
 import os
+import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -98,12 +100,18 @@ class NativeDevice:
         Raises: NativeUnavailable without a launcher; ValueError for a name or a count that does not fit; RuntimeError
         where the machine lacks the device.
         """
-        out = ffi.new("void **")
+        native = native_library.loaded()
         if _is_cuda(name):
             for folder in cuda_libraries.folders():
-                native_library.call(native_library.loaded().ms_folder_add, os.fsencode(folder))
-        native_library.call(native_library.loaded().ms_device_open, name.encode(), threads, out)
-        return cls(_Session(out[0]), name)
+                native_library.call(native.ms_folder_add, os.fsencode(folder))
+        # CPython raises KeyboardInterrupt right behind a call, where nobody has the new device yet: what is left in its place is closed by
+        # the thread's next open.
+        place = _OPENING.setdefault(threading.get_ident(), ffi.new("void **"))
+        native.ms_device_close(place[0])
+        native_library.call(native.ms_device_open, name.encode(), threads, place)
+        session = _Session(place[0])
+        place[0] = ffi.NULL
+        return cls(session, name)
 
     def create_buffer(self, nbytes: int, *, shared: bool = True) -> DeviceBuffer:
         """Zeroed memory; unified memory is committed when it is first written.
@@ -335,6 +343,7 @@ class NativePlan:
         self._uses: _Uses | None = _Uses(session, [keep for keep in kept if keep is not None])
         self._destroy = weakref.finalize(self, self._uses.end, library.ms_plan_destroy, self._handle)
         self._destroy.atexit = False  # the process's end frees it
+        self._session: _Session | None = session
         self._device: NativeDevice | None = device
         device._plans.add(self)
 
@@ -365,8 +374,8 @@ class NativePlan:
         if code:
             native_library.fail(code)
         # Not looked at before: another thread that closes the device ends this wait, so nothing here may hold it open.
-        if (uses := self._uses) and ticket > uses.session.finished:
-            uses.session.finish(ticket)
+        if (session := self._session) and ticket > session.finished:
+            session.finish(ticket)
 
     def limit_threads(self, threads: int) -> None:
         """Let so many of the host device's threads run the plan from now on; elsewhere nothing. Waits for runs under way.
@@ -390,7 +399,7 @@ class NativePlan:
         self._destroy.detach()
         self._handle = self._device_handle = ffi.NULL
         self._uses = None
-        self._device = None
+        self._session = self._device = None
 
 
 class _Session:
@@ -401,8 +410,7 @@ class _Session:
         self.library = native_library.loaded()
         self.finished = 0  # the highest ticket that was waited for
         self._retired: list[tuple[int, list[object]]] = []  # of destroyed plans: the last ticket, owners of wrapped memory
-        self._close = weakref.finalize(self, self.library.ms_device_close, pointer)
-        self._close.atexit = False  # views may outlive every other exit handler; the process's end frees it
+        _OPEN[weakref.ref(self, _OPEN.pop)] = ffi.gc(pointer, self.library.ms_device_close)
 
     def info(self) -> DeviceInfo:
         info = ffi.new("MSDeviceInfo *")
@@ -423,24 +431,26 @@ class _Session:
 
     def abandon(self) -> None:
         self.pointer = ffi.NULL
-        self._close.detach()
 
 
 class _Uses:
     """What a plan's runs need beyond the launcher's own memory."""
 
     def __init__(self, session: _Session, keeps: list[object]):
-        self.session = session
+        self._session = weakref.ref(session)  # a finalizer that an interrupt cut short is never let go, and must not keep the device open
         self.keeps = keeps  # the owners of wrapped buffers that it binds
         self.ticket = 0  # of the last run
 
     def end(self, destroy: Callable[[Any], None], plan: Any) -> None:
         destroy(plan)
-        self.session.retire(self.ticket, self.keeps)
+        if (session := self._session()) is not None:
+            session.retire(self.ticket, self.keeps)
 
 
 class _Memory:
     """The memory of one buffer, destroyed when neither its device nor a view refers to it. keep: the owner of wrapped memory."""
+
+    _session: _Session | None = None  # an interrupt in __init__ leaves what __del__ gets
 
     def __init__(
         self,
@@ -452,14 +462,14 @@ class _Memory:
         is_read_only: bool = False,
         is_visible: bool = True,
     ):
+        self._handle = handle
+        self._session = session
         self.keep = keep
         self._is_read_only = is_read_only
-        self._session = session
         self._nbytes = nbytes
         contents = session.library.ms_buffer_contents(session.pointer, handle) if is_visible else ffi.NULL
         self._address = int(ffi.cast("uintptr_t", contents))
         self._is_visible = is_visible
-        self._handle = handle
 
     def view(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
         if not self._is_visible:
@@ -477,7 +487,7 @@ class _Memory:
         return np.asarray(region).view(dtype).reshape(shape)
 
     def __del__(self) -> None:
-        if self._session.pointer != ffi.NULL:
+        if self._session is not None and self._session.pointer != ffi.NULL:
             self._session.library.ms_buffer_destroy(self._session.pointer, self._handle)
 
 
@@ -491,9 +501,23 @@ class _Region:
 
 
 _DEVICES: weakref.WeakSet[NativeDevice] = weakref.WeakSet()
+_OPENING: dict[int, Any] = {}  # by thread
+# What is open, by its session: when that is gone the dictionary's own `pop` is called, and what it drops is closed by C. weakref.finalize
+# runs bytecodes, and Python prints and forgets a KeyboardInterrupt among them.
+_OPEN: dict[weakref.ref[_Session], Any] = {}
+
+
+def _disown() -> None:
+    """From now on no device is closed when it is collected."""
+    for pointer in list(_OPEN.values()):
+        ffi.gc(pointer, None)
+
+
+atexit.register(_disown)  # views may outlive every other exit handler; the process's end frees it
 
 
 def _after_fork() -> None:
+    _disown()
     for device in list(_DEVICES):
         device._abandon()
 

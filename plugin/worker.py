@@ -159,16 +159,31 @@ class MetalstepWorker(WorkerBase):
     def sleep(self, level: int = 1) -> None:
         """Give all memory back, the weights' too: they are read again from the file, which the system may still hold."""
         if self.model is not None and self.runner is not None:
-            self.runner.suspend()
-            self.model.close()
-            self.model = None
-            gc.collect()
+            try:
+                self.runner.suspend()
+            finally:
+                self._close_model()
 
     def wake_up(self, tags: list[str] | None = None) -> None:
-        """Load again with the first of `tags`; None: all. The KV cache takes memory as it is written."""
+        """Load again with the first of `tags`; None: all. The KV cache takes memory as it is written.
+
+        Where that fails the engine is asleep as before: vLLM still has it so, and tries again when it is asked to.
+        """
         if self.model is None:
             self.model = self._open()
-            self._allocate()
+            try:
+                self._allocate()
+            except BaseException:
+                self._close_model()
+                raise
+
+    def _close_model(self) -> None:
+        assert self.model is not None
+        try:
+            self.model.close()
+        finally:  # a failed device makes closing raise, and there is no model to go on with then either
+            self.model = None
+            gc.collect()
 
     def metalstep_stats(self) -> dict[str, Any]:
         """For `collective_rpc`: how the model runs, and counts since the start."""

@@ -170,6 +170,12 @@ def tracing() -> Iterator[Marks]:
         saved.append((owner, name, original))
         setattr(owner, name, either)
 
+    def put_back() -> None:
+        while saved:
+            setattr(*saved[-1])
+            saved.pop()
+        mx.set_default_device(device)
+
     with _lock:
         device = mx.default_device()
         try:
@@ -185,6 +191,7 @@ def tracing() -> Iterator[Marks]:
                         put(owner, name, getattr(marks, name))
             yield marks
         finally:
-            for owner, name, original in reversed(saved):
-                setattr(owner, name, original)
-            mx.set_default_device(device)
+            try:
+                put_back()
+            finally:  # where an interrupt cut the first one short
+                put_back()

@@ -209,9 +209,9 @@ def _together(files: list[RemoteFile], bring: Callable[[RemoteFile, threading.Ev
 
     # Daemons: a connection that hangs must not keep an interrupted process alive.
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(WORKERS, len(files)))]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:  # in `try`: Ctrl-C while they start has to stop those that have, which would go on and keep their locks
+            thread.start()
         for _ in files:
             error = results.get()
             if error is not None:
@@ -219,7 +219,8 @@ def _together(files: list[RemoteFile], bring: Callable[[RemoteFile, threading.Ev
     except BaseException as error:
         stop.set()
         for thread in threads:
-            thread.join(1.0)
+            if thread.is_alive():  # one that has not begun cannot be joined, and brings nothing when it does
+                thread.join(1.0)
         if isinstance(error, KeyboardInterrupt | Stopped):
             progress.say(f"stopped: {size(progress.done)} of {size(progress.total)} are kept, and the same command goes on from there")
         elif isinstance(error, HubError):

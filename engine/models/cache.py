@@ -265,7 +265,8 @@ def save_prompt_cache(file_name: str | os.PathLike[str], cache: Any, metadata: d
 
     metadata: text by name, to be loaded with it.
 
-    Raises: ValueError for one that cannot be saved: in use, or with a max_kv_size for a model with windows of its own.
+    Raises: ValueError for one that cannot be saved: in use, or with a max_kv_size for a model with windows of its own; OSError for a file
+    that cannot be written or a disk that is full: a file that was there before is as it was.
     """
     if not isinstance(cache, PromptCache):
         from mlx_lm.models.cache import save_prompt_cache as mlx_save_prompt_cache

@@ -1,7 +1,9 @@
 """Prompt caches on disk: mlx-lm's .safetensors layout, with the tokens among the metadata."""
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +11,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+SUFFIX = ".safetensors"
 OWN = "metalstep"  # our entry among the metadata
 STATES = {"KVCache": 3, "RotatingKVCache": 6}  # mlx-lm's classes and the length of their state
 ENCODED = "Metalstep"  # before the class of a layer that is encoded, so that mlx-lm does not take its bytes for numbers
@@ -82,7 +85,10 @@ def write_cache(
     metadata: dict[str, str],
     encoding: str = "",
 ) -> None:
-    """states: mlx_state of each layer. encoding: see CacheFile. Raises: ValueError for metadata that is not text."""
+    """states: mlx_state of each layer. encoding: see CacheFile. Who reads meanwhile, or behind a failure, has the file from before.
+
+    Raises: ValueError for metadata that is not text; OSError for a file that cannot be written, or a disk that is full.
+    """
     for key, text in metadata.items():
         if not isinstance(key, str) or not isinstance(text, str) or key == OWN or "." in key:  # mlx-lm's files nest names by dots
             raise ValueError(f"metadata has {key!r}: {text!r:.40}, expected text by name, no name with a dot, and not {OWN!r}")
@@ -95,7 +101,16 @@ def write_cache(
         arrays[name] = mx.array([]) if value is None else mx.array(value)
     own = json.dumps({"tokens": tokens, "max_kv_size": max_kv_size, **({"encoding": encoding} if encoding else {})})
     classes = [(ENCODED if encoding else "") + next(name for name, length in STATES.items() if length == len(state)) for state in states]
-    mx.save_safetensors(path, arrays, dict(tree_flatten([{**metadata, OWN: own}, classes, others])))
+    file = os.path.realpath(path if path.endswith(SUFFIX) else path + SUFFIX)  # as MLX names it
+    unfinished = f"{file}.{os.getpid()}.new{SUFFIX}"
+    try:
+        mx.save_safetensors(unfinished, arrays, dict(tree_flatten([{**metadata, OWN: own}, classes, others])))
+        os.replace(unfinished, file)
+    except RuntimeError as error:  # MLX's only kind
+        raise OSError(f"{file}: the prompt cache cannot be written: {error}; a file from before is as it was") from None
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(unfinished)
 
 
 def read_cache(path: str) -> CacheFile:

@@ -11,7 +11,6 @@ import numpy as np
 
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.native import NativeDevice
-from metalstep.watch import Watches
 
 MOST_KEPT = 128  # copies of a place's rows that a device has memory for; callers that keep more of them have the rest on the host
 
@@ -59,40 +58,46 @@ class DeviceRow:
         return self._device.read(self._buffer, np.float32, self._buffer.shape)
 
     def copy(self) -> Row:
-        place = self._copies.take(self._buffer)
-        if place is None:
+        copied = self._copies.lend(self._buffer)
+        if copied is None:
             return self.on_host()
-        self._device.copy(self._buffer, place)
-        return self._copies.lend(DeviceRow(self._device, place, self._copies), place)
+        self._device.copy(self._buffer, copied._buffer)
+        return copied
 
     def on_host(self) -> HostRow:
         return HostRow(self.numpy())
 
 
 class CopyPlaces:
-    """Memory of a device for copies of rows of one size, MOST_KEPT of them: a cache and its plans need the rest."""
+    """Memory of a device for copies of rows of one size, MOST_KEPT of them: a cache and its plans need the rest.
+
+    A place is free when the copy in it is gone: whatever an interrupt falls into, none is lost, and none is two copies' own.
+    """
 
     def __init__(self, device: NativeDevice):
-        self._device, self._left = device, MOST_KEPT
-        self._lent = Watches()  # copies, which leave their places
+        self._device = device
+        self._places: list[tuple[Buffer, weakref.ref[DeviceRow] | None]] = []
+        self._full = False
 
-    def take(self, row: Buffer) -> Buffer | None:
-        """A place as large as `row`; None where there is none."""
-        if (watch := self._lent.take()) is not None:
-            return watch.left
-        if not self._left:
+    def lend(self, row: Buffer) -> DeviceRow | None:
+        """A row in a place of its own, as large as `row`; None where there is none."""
+        for index, (place, reference) in enumerate(self._places):
+            if reference is None or reference() is None:
+                return self._lend(index, place)
+        if self._full or len(self._places) >= MOST_KEPT:
             return None
         try:
             owner = self._device.create_buffer(row.nbytes, shared=False)
         except MemoryError:
-            self._left = 0
+            self._full = True
             return None
-        self._left -= 1
-        return replace(row, handle=owner.handle, offset=0)
+        place = replace(row, handle=owner.handle, offset=0)
+        self._places.append((place, None))
+        return self._lend(len(self._places) - 1, place)
 
-    def lend(self, copied: DeviceRow, place: Buffer) -> DeviceRow:
-        """`copied`, whose place is the next one's once nobody has it."""
-        self._lent.add(copied, place)
+    def _lend(self, index: int, place: Buffer) -> DeviceRow:
+        copied = DeviceRow(self._device, place, self)
+        self._places[index] = (place, weakref.ref(copied))
         return copied
 
 
@@ -137,7 +142,7 @@ class LogitsRing:
         self._rows = rows
         self.current = 0
         self._lent: list[list[weakref.ref[Logits]]] = [[] if lent is None else lent for _ in rows]
-        self._handed_out = Watches()
+        self._handed_out: weakref.WeakSet[Logits] = weakref.WeakSet()
 
     def advance(self) -> int:
         """Move on to the next place, saving what is still held there; returns its number."""
@@ -156,15 +161,13 @@ class LogitsRing:
         place = self.current if place is None else place
         logits = Logits(self._rows[place][row], lent=True)
         self._lent[place].append(weakref.ref(logits))
-        while self._handed_out.take():
-            pass
         self._handed_out.add(logits)
         return logits
 
     def close(self) -> None:
         """What callers hold stays what it is when the device is closed; of a device that has failed, there is nothing left to hold."""
         with contextlib.suppress(RuntimeError, MemoryError):
-            for logits in self._handed_out.objects():
+            for logits in list(self._handed_out):
                 logits.outlive_device()
 
 

@@ -1,15 +1,18 @@
 """A trace leaves nothing behind, evaluates no weight, and is the same step for any number of rows."""
+import contextlib
 import threading
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from families import FAMILIES, build
+from interrupt_at import InterruptAt, looks
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 
 from metalstep.capture import capture
 from metalstep.capture.bind import bind
+from metalstep.capture.markers import tracing
 from metalstep.capture.passes import Fusion, passes
 from metalstep.capture.rows import TracePair
 from metalstep.capture.trace import trace
@@ -107,3 +110,17 @@ def test_passes_keep_a_graph_s_inputs_and_its_logits():
         graph = apply(graph)
         assert {"ids", "positions"} <= set(graph.inputs)
         assert graph.outputs[0].shape in ((9, 1, 96), (4, 1, 96))
+
+
+def test_an_interrupt_wherever_the_interpreter_looks_for_one_leaves_mlx_as_it_was():
+    """In putting the functions back, too: a marker that stayed would give zeros to whoever computes eagerly."""
+    patched = [(mx.fast, "rope"), (mx.fast, "rms_norm"), (mx, "dequantize"), (mx, "contiguous"), (mx.metal, "is_available")]
+    before, device = [getattr(*place) for place in patched], mx.default_device()
+    with InterruptAt() as counting, tracing():
+        pass
+    points = sorted(n for (code, at), times in counting.places.items() if at in looks(code) for n in times)
+    assert len(points) > 20
+    for point in points:
+        with contextlib.suppress(KeyboardInterrupt), InterruptAt([point]), tracing():
+            pass
+        assert [getattr(*place) for place in patched] == before and mx.default_device() == device

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import sys
 import threading
 import weakref
 from dataclasses import replace
@@ -13,6 +14,7 @@ import pytest
 from engines import TEXT, check, kinds, load, pick, row, rows
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from interrupt_at import drop_interrupted
 from workload import SAMPLINGS, watched
 from workload import requests as made
 
@@ -124,6 +126,18 @@ def test_requests_that_end_early_leave_the_others_alone(model, data):
         assert tokens == wanted[: len(tokens)]
     streams = None
     check(model)
+
+
+def test_who_keeps_a_response_does_not_keep_its_request_from_ending(model, directory, monkeypatch):
+    """An interrupt in a generator's clean-up is printed and forgotten; then its stream ends when nobody has it."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda *_: None)  # pytest's keeps the exception, whose frames have the stream
+    tokenizer = metalstep.load(directory, device="eager")[1]
+    generator = stream_generate(model, tokenizer, TEXT[50:70], max_tokens=20)
+    kept, dropped = next(generator), [generator]
+    del generator
+    drop_interrupted(dropped)
+    check(model)
+    assert kept.cached_tokens == 0 and kept.prompt_logprobs is None
 
 
 def test_a_generator_that_is_dropped_gives_its_blocks_back(model, directory):
@@ -322,6 +336,30 @@ def test_closing_ends_every_request_in_every_thread(fresh):
     for enter in (lambda: engine.submit(Request([5])), engine.stats, lambda: engine.logits([5]), lambda: engine.wait([])):
         with pytest.raises(ValueError, match="the model is closed"):
             enter()
+
+
+def test_an_exception_that_is_a_callers_own_ends_its_request_alone(model, monkeypatch):
+    """As a signal handler of the thread that runs a step for all raises it: the others give what they give alone."""
+    engine, starts = model.engine, kinds(model, 30)
+    expected = [rows(start(engine, None)) for start in starts]
+    calls, start_run, started = itertools.count(), Plan.start, threading.Barrier(len(starts))
+
+    def time_out_once(self, steps):
+        if next(calls) == 12:
+            raise TimeoutError("the caller has waited for long enough")
+        return start_run(self, steps)
+
+    def generating(start):
+        stream = start(engine, None)
+        started.wait()
+        return rows(stream)
+
+    monkeypatch.setattr(Plan, "start", time_out_once)
+    results = in_threads([lambda s=start: generating(s) for start in starts])
+    assert [type(result) for result in results if isinstance(result, Exception)] == [TimeoutError]
+    assert all(result == wanted or isinstance(result, TimeoutError) for result, wanted in zip(results, expected, strict=True))
+    del results
+    check(model)
 
 
 @pytest.mark.parametrize("where", ["start", "write"])

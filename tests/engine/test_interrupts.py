@@ -16,6 +16,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from interrupt_at import InterruptAt, drop_interrupted
 
+import metalstep
 from metalstep import Request, SamplingParams
 from metalstep.grammar import ChoiceGrammar
 from metalstep.models.cache import make_prompt_cache
@@ -147,6 +148,20 @@ def test_an_interrupt_cannot_keep_what_is_collected(family, what):
     del stream, cache
     drop_interrupted(dropped)
     check(model)
+
+
+def test_an_interrupt_at_the_end_of_a_load_closes_what_it_has_made(tmp_path, monkeypatch):
+    made = []
+
+    def interrupted(self, checkpoint, skeleton, native, reason):
+        made.append(native)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(metalstep.Model, "__init__", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load("llama", tmp_path)
+    with pytest.raises(ValueError, match="closed"):
+        made[0].device.create_buffer(16)
 
 
 class Pressed(ChoiceGrammar):

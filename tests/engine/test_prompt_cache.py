@@ -271,6 +271,28 @@ def test_a_dropped_cache_gives_its_blocks_back(family):
 # ---- files -----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["talk.safetensors", "talk"])
+def test_a_file_that_is_not_written_whole_leaves_the_one_from_before(family, tmp_path, monkeypatch, name):
+    cache, _ = filled_cache(family, TEXT[:40])
+    path, file = tmp_path / name, tmp_path / "talk.safetensors"
+    save_prompt_cache(path, cache)
+    before, write = file.read_bytes(), mx.save_safetensors
+
+    def fill_the_disk(path, *args):
+        write(path, *args)
+        with open(path, "r+b") as file:
+            file.truncate(100)
+        raise RuntimeError("[write] Unable to write 20000 bytes")
+
+    monkeypatch.setattr(mx, "save_safetensors", fill_the_disk)
+    with pytest.raises(OSError, match=r"talk\.safetensors: the prompt cache cannot be written: .* 20000 bytes; a file from before"):
+        save_prompt_cache(path, cache)
+    assert [each.name for each in tmp_path.iterdir()] == [file.name] and file.read_bytes() == before
+    monkeypatch.undo()
+    with pytest.raises(OSError, match="the prompt cache cannot be written"):
+        save_prompt_cache(tmp_path / "no folder" / name, cache)
+
+
 @pytest.mark.parametrize("kv_dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("name", FAMILY_NAMES)
 def test_a_file_gives_another_model_object_the_same_text(directories, tmp_path, name, kv_dtype):

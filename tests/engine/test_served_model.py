@@ -23,6 +23,7 @@ from metalstep.kv_cache import CacheGroup
 from metalstep.kv_scheme import parse
 from metalstep.native_model import NativeModel
 from metalstep.served_model import ServedModel
+from metalstep.step_session import StepSession
 
 CONTEXT, SEQS, BLOCKS = 128, 3, 128
 
@@ -98,6 +99,25 @@ def test_memory_for_the_cache_is_a_part_of_what_is_free_behind_the_weights(llama
     served = ServedModel(llama, device="host")
     assert served.weight_bytes == (llama / "model.safetensors").stat().st_size
     assert served.kv_memory() == (10**9 - served.weight_bytes) // 2
+    served.close()
+
+
+def test_a_session_that_fails_to_close_leaves_nothing_else_open(llama, monkeypatch):
+    """As that of a device that has failed, which says so to whoever waits for its steps."""
+
+    def fail(_):
+        raise RuntimeError("the device has failed")
+
+    served = ServedModel(llama, device="host", strict=True)
+    session = served.allocate(BLOCKS, max_context=CONTEXT, max_seqs=SEQS)
+    tensor = next(iter(served._checkpoint.tensors.values()))
+    monkeypatch.setattr(StepSession, "settle", fail)
+    with pytest.raises(RuntimeError, match="the device has failed"):
+        served.close()
+    with pytest.raises(ValueError, match="the device is closed"):
+        session.device.create_buffer(1)
+    with pytest.raises(ValueError, match="closed"):
+        tensor.numpy()
     served.close()
 
 

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+import threading
+import time
 import warnings
 
 import pytest
@@ -15,6 +18,7 @@ from metalstep.hub.cache import storage
 from metalstep.hub.download import find, find_in_folder
 from metalstep.hub.errors import HubError
 from metalstep.hub.names import hub_name
+from metalstep.hub.progress import Progress
 
 SHARDED, GGUFS, SINGLE = hub_name("own/sharded"), hub_name("own/ggufs"), hub_name("own/single")
 INDEX = "model.safetensors.index.json"
@@ -215,3 +219,29 @@ def test_a_file_too_large_for_http_goes_through_huggingface_hub(stub, hub, monke
     monkeypatch.setattr(download, "HTTP_LIMIT", 250_000)
     found = find(SHARDED, hub=hub)
     assert contents(found.path)[FIRST] == stub.files("own/sharded")[FIRST]
+
+
+@pytest.mark.parametrize("place", [threading.Thread.start, threading.Event.wait], ids=["before", "behind"])
+def test_ctrl_c_while_workers_start_stops_those_that_have(capsys, place):
+    """In the start of the second, before its thread is there or when it is and may not have begun."""
+    starts, others = 0, set(threading.enumerate())
+
+    def trace(frame, *_):
+        nonlocal starts
+        if frame.f_code is place.__code__ and download._together.__code__ in (frame.f_back.f_code, frame.f_back.f_back.f_code):
+            starts += 1
+            if starts == 2:
+                raise KeyboardInterrupt
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            download._together([FIRST] * download.WORKERS, lambda file, stop: stop.wait(60), Progress("a model", 100))
+    finally:
+        sys.settrace(before)
+    assert starts == 2 and "are kept, and the same command goes on from there" in capsys.readouterr().err
+    until = time.monotonic() + 10
+    while set(threading.enumerate()) - others and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - others
