@@ -5,15 +5,11 @@ everything at once except the buffers that views still show, and those when the 
 """
 from __future__ import annotations
 
-import atexit
-import math
 import os
-import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -22,24 +18,13 @@ from metalstep.kernels import native_library, params
 from metalstep.kernels.gpu import cuda_libraries, cuda_source, library
 from metalstep.kernels.launch import Buffer, Launch
 from metalstep.kernels.native_library import KernelError, NativeUnavailable, library_path
+from metalstep.kernels.native_session import DeviceInfo, Memory, PlanUses, Session, disown
 from metalstep.kernels.params import ffi
 
 __all__ = ["DeviceBuffer", "DeviceInfo", "KernelError", "NativeDevice", "NativePlan", "NativeUnavailable", "library_path"]
 
 CONSTANTS_ALIGN = 16  # bytes: Metal wants the start of constants aligned for the largest vector in them
 LONGEST_WAIT = 2**63 - 1  # ns, 292 years
-
-
-@dataclass(frozen=True)
-class DeviceInfo:
-    """MSDeviceInfo as the device was opened. isa and threads are the host device's; memory_bytes: what buffers may take,
-    0 when unknown (NativeDevice.memory_left says what is left); unified: the host sees all of it."""
-
-    name: str
-    isa: str
-    threads: int
-    memory_bytes: int
-    unified: bool = True
 
 
 @dataclass(frozen=True)
@@ -80,10 +65,10 @@ class NativeDevice:
     kind: the name that it was opened by; info.name is the machine's own.
     """
 
-    def __init__(self, session: _Session, kind: str):
+    def __init__(self, session: Session, kind: str):
         self.kind = kind
-        self._session: _Session | None = session
-        self._memory: dict[int, _Memory] = {}
+        self._session: Session | None = session
+        self._memory: dict[int, Memory] = {}
         self._kernels: dict[str, int] = {}
         self._compiled = set(library.BUILT_IN) if _is_cuda(kind) else set()  # kernels of launches with code
         self._plans: weakref.WeakSet[NativePlan] = weakref.WeakSet()
@@ -100,18 +85,10 @@ class NativeDevice:
         Raises: NativeUnavailable without a launcher; ValueError for a name or a count that does not fit; RuntimeError
         where the machine lacks the device.
         """
-        native = native_library.loaded()
         if _is_cuda(name):
             for folder in cuda_libraries.folders():
-                native_library.call(native.ms_folder_add, os.fsencode(folder))
-        # CPython raises KeyboardInterrupt right behind a call, where nobody has the new device yet: what is left in its place is closed by
-        # the thread's next open.
-        place = _OPENING.setdefault(threading.get_ident(), ffi.new("void **"))
-        native.ms_device_close(place[0])
-        native_library.call(native.ms_device_open, name.encode(), threads, place)
-        session = _Session(place[0])
-        place[0] = ffi.NULL
-        return cls(session, name)
+                native_library.call(native_library.loaded().ms_folder_add, os.fsencode(folder))
+        return cls(Session.open(name.encode(), threads), name)
 
     def create_buffer(self, nbytes: int, *, shared: bool = True) -> DeviceBuffer:
         """Zeroed memory; unified memory is committed when it is first written.
@@ -123,7 +100,7 @@ class NativeDevice:
         memory = params.MS_MEMORY_SHARED if shared else params.MS_MEMORY_DEVICE
         native_library.call(session.library.ms_buffer_create, session.pointer, nbytes, memory, out)
         visible = shared or self.unified
-        self._memory[out[0]] = _Memory(session, out[0], nbytes, is_visible=visible)
+        self._memory[out[0]] = Memory(session, out[0], nbytes, is_visible=visible)
         return DeviceBuffer(out[0], nbytes, self, visible)
 
     def wrap_buffer(self, address: int, nbytes: int, keep: object) -> DeviceBuffer:
@@ -136,7 +113,7 @@ class NativeDevice:
         """
         session, out = self._open_session(), ffi.new("int32_t *")
         native_library.call(session.library.ms_buffer_wrap, session.pointer, ffi.cast("void *", address), nbytes, out)
-        self._memory[out[0]] = _Memory(session, out[0], nbytes, keep, is_read_only=True)
+        self._memory[out[0]] = Memory(session, out[0], nbytes, keep, is_read_only=True)
         return DeviceBuffer(out[0], nbytes, self)
 
     def memory_left(self) -> int:
@@ -290,7 +267,7 @@ class NativeDevice:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open_session(self) -> _Session:
+    def _open_session(self) -> Session:
         if self._session is None:
             raise ValueError("the device is closed; open it again")
         return self._session
@@ -308,7 +285,7 @@ class NativePlan:
     """Launches on a device, resolved once. It keeps its device open."""
 
     def __init__(
-        self, device: NativeDevice, session: _Session, launches: Sequence[Launch], max_tokens: int, max_sampled: int
+        self, device: NativeDevice, session: Session, launches: Sequence[Launch], max_tokens: int, max_sampled: int
     ):
         self._handle, self._device_handle = ffi.NULL, ffi.NULL
         native = ffi.new("MSLaunch[]", len(launches))
@@ -340,10 +317,10 @@ class NativePlan:
         self._run, self._wait, self._profile = library.ms_plan_run, library.ms_ticket_wait, library.ms_plan_profile
         self._limit_threads = library.ms_plan_limit_threads
         kept = [device._memory[handle].keep for handle in {bind[0] for bind in binds} if handle in device._memory]
-        self._uses: _Uses | None = _Uses(session, [keep for keep in kept if keep is not None])
+        self._uses: PlanUses | None = PlanUses(session, [keep for keep in kept if keep is not None])
         self._destroy = weakref.finalize(self, self._uses.end, library.ms_plan_destroy, self._handle)
         self._destroy.atexit = False  # the process's end frees it
-        self._session: _Session | None = session
+        self._session: Session | None = session
         self._device: NativeDevice | None = device
         device._plans.add(self)
 
@@ -402,122 +379,11 @@ class NativePlan:
         self._session = self._device = None
 
 
-class _Session:
-    """The native device, closed when the last of the Python device, its plans and its views is gone."""
-
-    def __init__(self, pointer: Any):
-        self.pointer = pointer
-        self.library = native_library.loaded()
-        self.finished = 0  # the highest ticket that was waited for
-        self._retired: list[tuple[int, list[object]]] = []  # of destroyed plans: the last ticket, owners of wrapped memory
-        _OPEN[weakref.ref(self, _OPEN.pop)] = ffi.gc(pointer, self.library.ms_device_close)
-
-    def info(self) -> DeviceInfo:
-        info = ffi.new("MSDeviceInfo *")
-        native_library.call(self.library.ms_device_info, self.pointer, info)
-        name, isa = (ffi.string(text).decode() for text in (info.name, info.isa))
-        return DeviceInfo(name, isa, info.threads, info.memory_bytes, bool(info.unified))
-
-    def finish(self, ticket: int) -> None:
-        """The ticket, and with it all before it, has been waited for."""
-        self.finished = ticket
-        if self._retired:
-            self._retired = [entry for entry in self._retired if entry[0] > ticket]
-
-    def retire(self, ticket: int, keeps: list[object]) -> None:
-        """Hold what a destroyed plan's runs read until they are known to be done, at the latest until the device closes."""
-        if keeps and ticket > self.finished:
-            self._retired.append((ticket, keeps))
-
-    def abandon(self) -> None:
-        self.pointer = ffi.NULL
-
-
-class _Uses:
-    """What a plan's runs need beyond the launcher's own memory."""
-
-    def __init__(self, session: _Session, keeps: list[object]):
-        self._session = weakref.ref(session)  # a finalizer that an interrupt cut short is never let go, and must not keep the device open
-        self.keeps = keeps  # the owners of wrapped buffers that it binds
-        self.ticket = 0  # of the last run
-
-    def end(self, destroy: Callable[[Any], None], plan: Any) -> None:
-        destroy(plan)
-        if (session := self._session()) is not None:
-            session.retire(self.ticket, self.keeps)
-
-
-class _Memory:
-    """The memory of one buffer, destroyed when neither its device nor a view refers to it. keep: the owner of wrapped memory."""
-
-    _session: _Session | None = None  # an interrupt in __init__ leaves what __del__ gets
-
-    def __init__(
-        self,
-        session: _Session,
-        handle: int,
-        nbytes: int,
-        keep: object = None,
-        *,
-        is_read_only: bool = False,
-        is_visible: bool = True,
-    ):
-        self._handle = handle
-        self._session = session
-        self.keep = keep
-        self._is_read_only = is_read_only
-        self._nbytes = nbytes
-        contents = session.library.ms_buffer_contents(session.pointer, handle) if is_visible else ffi.NULL
-        self._address = int(ffi.cast("uintptr_t", contents))
-        self._is_visible = is_visible
-
-    def view(self, dtype: np.dtype, shape: tuple[int, ...], offset: int) -> np.ndarray:
-        if not self._is_visible:
-            raise ValueError(
-                f"buffer {self._handle} is the device's own memory, which the host does not see: read and write it, or "
-                "create it with shared=True"
-            )
-        size = math.prod(shape) * dtype.itemsize
-        if offset < 0 or min(shape, default=0) < 0 or offset + size > self._nbytes:
-            raise ValueError(
-                f"a view of {dtype} {shape} from byte {offset} on does not fit into buffer {self._handle}, which has "
-                f"{self._nbytes} bytes"
-            )
-        region = _Region(self, self._address + offset, size, self._is_read_only)
-        return np.asarray(region).view(dtype).reshape(shape)
-
-    def __del__(self) -> None:
-        if self._session is not None and self._session.pointer != ffi.NULL:
-            self._session.library.ms_buffer_destroy(self._session.pointer, self._handle)
-
-
-class _Region:
-    """Bytes that numpy views without a copy; the view's base is this object, which keeps the memory."""
-
-    def __init__(self, memory: _Memory, address: int, nbytes: int, is_read_only: bool):
-        self._memory = memory
-        data = (address, is_read_only)
-        self.__array_interface__ = {"version": 3, "shape": (nbytes,), "typestr": "|u1", "data": data}
-
-
 _DEVICES: weakref.WeakSet[NativeDevice] = weakref.WeakSet()
-_OPENING: dict[int, Any] = {}  # by thread
-# What is open, by its session: when that is gone the dictionary's own `pop` is called, and what it drops is closed by C. weakref.finalize
-# runs bytecodes, and Python prints and forgets a KeyboardInterrupt among them.
-_OPEN: dict[weakref.ref[_Session], Any] = {}
-
-
-def _disown() -> None:
-    """From now on no device is closed when it is collected."""
-    for pointer in list(_OPEN.values()):
-        ffi.gc(pointer, None)
-
-
-atexit.register(_disown)  # views may outlive every other exit handler; the process's end frees it
 
 
 def _after_fork() -> None:
-    _disown()
+    disown()
     for device in list(_DEVICES):
         device._abandon()
 

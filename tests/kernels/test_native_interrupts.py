@@ -16,13 +16,13 @@ from harness import Harness
 from interrupt_at import InterruptAt
 from test_native import SLOT, slow
 
-from metalstep.kernels import native, native_library, params, row_program
+from metalstep.kernels import native, native_library, native_session, params, row_program
 from metalstep.kernels.launch import Buffer
 from metalstep.kernels.native import NativeDevice
 from metalstep.kernels.params import ffi
 from metalstep.kernels.program import Program
 
-FILES = (*(module.__file__ for module in (native, native_library, weakref, _weakrefset)), ffi.gc.__code__.co_filename)
+FILES = (*(module.__file__ for module in (native, native_library, native_session, weakref, _weakrefset)), ffi.gc.__code__.co_filename)
 
 
 def interrupted_everywhere(act):
