@@ -241,6 +241,7 @@ class RowKernel(RowSteps):
             for each in nest.passes:
                 start = len(self._lines)
                 self._locals = {}
+                self._run, self._wide_loads, self._wide_stores = d.run, {}, []
                 if alone is not None:
                     alone()
                 else:
@@ -261,7 +262,6 @@ class RowKernel(RowSteps):
             op, stage = each.total
             operation = self._operation(op, stage)
             self._line(f"{operation}::number {self._accumulator(op, stage)} = {operation}::none();")
-        self._run, self._wide_loads, self._wide_stores = d.run, {}, []
         self._mixed = self._out_of_order(each)
         first = "lane" if not self._wide else "tid" if d.spans == 1 else "first"
         spans = d.spans > 1

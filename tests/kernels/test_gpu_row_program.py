@@ -63,6 +63,7 @@ def gathering(shape):
 @settings(max_examples=2)
 def test_a_scatter_combines_in_order_and_leaves_the_rest(h, drawn):
     cases = [((24, 0, [4, 6], [1, 4]), params.MS_ASSIGN, False), ((8, 3, [2, 3], [0, 0]), params.MS_SUM, False), *drawn]
+    cases.append(((188, 40, [3, 2, 4, 5], [16, -37, 11, 20]), params.MS_ASSIGN, True))  # in order, behind what is read by vectors
     olds = [RANDOM.standard_normal((2, shape[0])).astype(np.float32) for shape, *_ in cases]
     xs = [RANDOM.standard_normal((2, int(np.prod(shape[2])))).astype(np.float32) for shape, *_ in cases]
     for x, (_, _, special) in zip(xs, cases, strict=True):
