@@ -14,6 +14,8 @@ from metrics import sums
 from openai import AsyncOpenAI
 
 ASKS = every_kind()
+# Each begins in one block of the other server's 50 and ends in five: together they run out of them on their way.
+GROWING = [complete(STORY, 60, ignore_eos=True)] * 24
 
 
 def together(url: str, key: str, verify, asks) -> list:
@@ -43,7 +45,8 @@ def test_64_requests_of_every_kind_get_what_they_get_alone(server, alone):
 def test_neither_chunks_nor_preemption_nor_scheduling_change_an_answer(other_server, other_client, certificate, alone):
     """A server with less memory than they need, small chunks, no prefix cache and no overlap of steps gives the same 64 answers."""
     trusting = ssl.create_default_context(cafile=certificate[1])
-    assert differences(ASKS, together(other_server.url, KEY, trusting, ASKS), alone) == []
+    for asks in (ASKS, GROWING):
+        assert differences(asks, together(other_server.url, KEY, trusting, asks), alone) == []
     metrics = httpx.get(f"{other_server.url}/metrics", verify=trusting).text
     assert sums(metrics)["vllm:num_preemptions_total"] > 0
 
