@@ -374,7 +374,7 @@ class Engine:
                 inbox[0]()
                 inbox.popleft()
             else:
-                dropped[0].left()
+                dropped[0].message()
                 dropped.popleft()
         if self._parked:
             self._unpark()

@@ -137,7 +137,7 @@ class StepTrace:
             sequence = running.sequence
             self._trace.enter()
             tokens = {"prompt_tokens": sequence.prompt_len, "generated_tokens": len(sequence.tokens) - sequence.prompt_len}
-            found = {"cached_tokens": max(0, running.cached_tokens), "preemptions": sequence.num_preemptions}
+            found = {"cached_tokens": running.found_tokens, "preemptions": sequence.num_preemptions}
             self._trace.write(request_events(self._trace, running.number, times, now(), how=how, **tokens, **found))
 
     def finish(self) -> None:

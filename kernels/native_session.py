@@ -1,4 +1,4 @@
-"""What closes a native device and frees its buffers: at the last reference, whatever Ctrl-C falls into, and not at the process's end."""
+"""What closes a native device, at the last reference and whatever Ctrl-C falls into, and frees its buffers; not at the process's end."""
 from __future__ import annotations
 
 import atexit
@@ -39,6 +39,7 @@ class Session:
 
     @classmethod
     def open(cls, name: bytes, threads: int) -> Session:
+        """Raises: as NativeDevice.open."""
         # CPython raises KeyboardInterrupt right behind a call, where nobody has the new device yet: what is left in its place is closed by
         # the thread's next open.
         library, place = native_library.loaded(), _OPENING.setdefault(threading.get_ident(), ffi.new("void **"))
